@@ -1,0 +1,406 @@
+"""The ChatGLM3 network in plain PyTorch, its checkpoint loader, and its LoRA adapters.
+
+    model = ChatGLMForCausalLM.from_pretrained("THUDM/chatglm3-6b", dtype=torch.float16, device_map="cuda")
+
+Module names are those of the official checkpoint, so weights and adapters interchange with the official code.
+Shapes: B batch, T tokens, C hidden size, H query heads, G key/value groups, D channels a head, V vocabulary.
+"""
+
+import copy
+import difflib
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ChatGLMConfig(PretrainedConfig):
+    """The keys of the official config.json; the defaults are chatglm3-6b's. Keys of the file that are not here
+    (auto_map among them) are kept but never acted on."""
+
+    model_type = "chatglm"
+    attribute_map = {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size"}
+
+    num_layers: int = 28
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    num_attention_heads: int = 32
+    multi_query_group_num: int = 2
+    kv_channels: int = 128
+    padded_vocab_size: int = 65024
+    seq_length: int = 8192
+    rope_ratio: float = 1.0
+    layernorm_epsilon: float = 1e-5
+    add_qkv_bias: bool = True
+    tie_word_embeddings: bool = False
+    # The official code has a switch for each of these; every ChatGLM3 checkpoint sets them so.
+    multi_query_attention: bool = True
+    rmsnorm: bool = True
+    post_layer_norm: bool = True
+    add_bias_linear: bool = False
+    apply_residual_connection_post_layernorm: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+
+FIXED_SWITCHES = (
+    "multi_query_attention",
+    "rmsnorm",
+    "post_layer_norm",
+    "add_bias_linear",
+    "apply_residual_connection_post_layernorm",
+    "hidden_dropout",
+    "attention_dropout",
+    "tie_word_embeddings",
+)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()  # the variance of fp16 activations overflows fp16
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * x32).to(x.dtype)
+
+
+def rope_table(length, dim, base, dtype, device):
+    """[length, dim/2, 2]: cos and sin of position × frequency, computed in fp32, rounded to `dtype` once."""
+    freq = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
+
+
+def apply_rope(x, rope):
+    """Rotates the pairs (0,1), (2,3), … of the first half of each head. x [B, T, heads, D], rope [T, D/4, 2]."""
+    rotated, passed = x.chunk(2, dim=-1)
+    even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, heads, D/4] each
+    cos, sin = rope[:, None].to(x.dtype).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated, passed), dim=-1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.groups = config.num_attention_heads, config.multi_query_group_num
+        self.head_dim = config.kv_channels
+        out = (self.heads + 2 * self.groups) * self.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, out, bias=config.add_qkv_bias)
+        self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, rope, cache=None, start=0):
+        B, T, _ = x.shape
+        qkv = self.query_key_value(x).view(B, T, self.heads + 2 * self.groups, self.head_dim)
+        qk, v = qkv.split((self.heads + self.groups, self.groups), dim=2)
+        q, k = apply_rope(qk, rope).split((self.heads, self.groups), dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or G, T, D]
+        mask = None
+        if cache is not None:
+            cache[0, :, :, start : start + T] = k
+            cache[1, :, :, start : start + T] = v
+            k, v = cache[:, :, :, : start + T]
+            if start and T > 1:  # new tokens see the whole past and each other causally
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        # Without a mask argument, causal attention alone is right for right-padded batches: no real token sees padding.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and not start, enable_gqa=True)
+        return self.dense(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)
+        return self.dense_4h_to_h(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, cache=None, start=0):
+        x = x + self.self_attention(self.input_layernorm(x), rope, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Embedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.checkpointed_layers = 0  # how many of the layers recompute their activations in backward
+
+    def forward(self, x, rope, cache=None, start=0):
+        for i, layer in enumerate(self.layers):
+            if self.training and torch.is_grad_enabled() and i < self.checkpointed_layers:
+                x = checkpoint(layer, x, rope, use_reentrant=False)
+            else:
+                x = layer(x, rope, None if cache is None else cache[i], start)
+        return self.final_layernorm(x)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = Embedding(config)
+        self.encoder = Encoder(config)
+        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.rope_dim = config.kv_channels // 2
+        self.rope_base = 10000.0 * config.rope_ratio
+        self.rope = torch.empty(0)
+
+    def forward(self, input_ids, cache=None, start=0):
+        """input_ids [B, T] at positions start, start + 1, … → hidden states [B, T, C], after the final norm."""
+        x = self.embedding.word_embeddings(input_ids)
+        end = start + input_ids.shape[1]
+        dtype = self.encoder.final_layernorm.weight.dtype
+        if len(self.rope) < end or self.rope.device != x.device or self.rope.dtype != dtype:
+            self.rope = rope_table(max(end, 2048), self.rope_dim, self.rope_base, dtype, x.device)
+        return self.encoder(x, self.rope[start:end], cache, start)
+
+
+class ChatGLMForCausalLM(PreTrainedModel):
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # in the official files; recomputed in fp32
+
+    def __init__(self, config):
+        for name in FIXED_SWITCHES:
+            if getattr(config, name) != getattr(ChatGLMConfig, name):
+                raise ValueError(
+                    f"config.json: {name} is {getattr(config, name)!r}; ChatGLM3 needs {getattr(ChatGLMConfig, name)!r}"
+                )
+        super().__init__(config)
+        self.transformer = Transformer(config)
+        self.prepare_inputs_for_generation = None  # peft looks it up on every causal language model
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.transformer.embedding.word_embeddings
+
+    def get_output_embeddings(self):
+        return self.transformer.output_layer
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads the official layout from a directory or a hub id: safetensors or .bin, one file or shards, straight to
+        `device_map` in `dtype`. No code of the checkpoint is run (.bin files are read with weights_only).
+
+        Raises ValueError naming every tensor that is missing, misshapen or not part of the network, and every file
+        that can't be read: nothing is left at a random value.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
+        path = str(pretrained_model_name_or_path)
+        try:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+            json.JSONDecodeError,
+            pickle.UnpicklingError,
+            EOFError,
+        ) as error:
+            raise ValueError(f"{path}: cannot load this model: {error}") from error
+        faults = [f"missing {name}" for name in sorted(info["missing_keys"])]
+        faults += [f"{name} has shape {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
+        faults += [f"unknown {name}" for name in sorted(info["unexpected_keys"])]
+        if faults:
+            raise ValueError(f"{path}: not a complete ChatGLM3 checkpoint: {_first(faults)}")
+        return (model, info) if want_info else model
+
+    def forward(self, input_ids, labels=None, attention_mask=None, **unused):
+        """input_ids [B, T] → .logits [B, T, V]; with labels [B, T], .loss: the mean cross-entropy, in fp32, over labels
+        that are not -100. Labels align with input_ids; the shift is made here. Batches are padded on the right and need
+        no mask: an `attention_mask` [B, T] is only checked to be that of a right-padded batch (ValueError if not)."""
+        if passed := [name for name, value in unused.items() if value not in (None, False, True)]:
+            raise ValueError(f"ChatGLMForCausalLM.forward does not take {', '.join(passed)}")
+        if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+            raise ValueError("attention_mask must be that of a right-padded batch: ones, then zeros")
+        logits = self.transformer.output_layer(self.transformer(input_ids))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def summed_loss(self, input_ids, positions, targets):
+        """The training loss: cross-entropy, in fp32, summed over the supervised tokens.
+
+        input_ids [B, T]; positions [N]: where in the flattened batch a supervised token is predicted; targets [N]: that
+        token. The output layer, a third of a short batch's memory, runs at those positions only.
+        """
+        hidden = self.transformer(input_ids).flatten(0, 1)[positions]  # [N, C]
+        return F.cross_entropy(self.transformer.output_layer(hidden).float(), targets, reduction="sum")
+
+    def new_cache(self, batch_size, length):
+        """An empty key/value cache for `length` tokens: [layers, 2, B, G, length, D]."""
+        c, weight = self.config, self.transformer.encoder.final_layernorm.weight
+        shape = (c.num_layers, 2, batch_size, c.multi_query_group_num, length, c.kv_channels)
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+
+TINY = Path(__file__).parent / "dataset" / "tiny"
+
+
+def tiny_model():
+    """The directory of the built-in model: ChatGLM3's architecture with 3.6 million random weights, made at first use."""
+    file = TINY / "model.safetensors"
+    if not file.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = ChatGLMForCausalLM(ChatGLMConfig.from_pretrained(str(TINY)))
+        part = file.with_suffix(f".{os.getpid()}")
+        save_file(model.state_dict(), part, metadata={"format": "pt"})
+        os.replace(part, file)
+    return str(TINY)
+
+
+def find_model(path):
+    """What a user names, a directory or a hub id, or None for the built-in model → an absolute directory or the hub id:
+    the name by which an adapter remembers its base. Raises ValueError if it is neither."""
+    if path is None:
+        return tiny_model()
+    if Path(path).is_dir():
+        return str(Path(path).resolve())
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+        raise ValueError(f"{path}: no such directory (and not a hub id)")
+    return str(path)
+
+
+def load_model(path, device="auto", dtype="auto"):
+    """A checkpoint directory or hub id → ChatGLMForCausalLM in evaluation mode. device: auto, cpu or cuda; dtype: auto
+    (fp16 on CUDA, fp32 on a CPU), fp16, bf16 or fp32. Raises ValueError if the device isn't there or loading fails."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if dtype == "auto":
+        dtype = "fp16" if device == "cuda" else "fp32"
+    return ChatGLMForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], device_map=device)
+
+
+def _first(faults, most=8):
+    return "; ".join(faults[:most]) + (f"; and {len(faults) - most} more" if len(faults) > most else "")
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def add_lora(model, r, alpha, dropout, target_modules, modules_to_save=None):
+    """Freezes `model` and wraps it with new LoRA layers → peft.PeftModel.
+
+    target_modules: a list of module names, or one regular expression (a str) that whole module paths match;
+    modules_to_save: names of modules to train whole. Raises ValueError for a name that matches no module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for wanted in [*(target_modules if not isinstance(target_modules, str) else []), *(modules_to_save or [])]:
+        if not any(name == wanted or name.endswith("." + wanted) for name in names):
+            last = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""})
+            close = difflib.get_close_matches(wanted, last, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(last)}"
+            raise ValueError(f"no module of the model is named {wanted!r}; {hint}")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+    )
+    try:
+        return _trainable_in_fp32(get_peft_model(model, config))
+    except re.error as error:
+        raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
+
+
+def _trainable_in_fp32(peft_model):
+    """The base stays frozen in its dtype; what is trained is fp32, because GradScaler refuses fp16 gradients and small
+    updates vanish in fp16 weights."""
+    for param in peft_model.parameters():
+        if param.requires_grad:
+            param.data = param.data.float()
+    return peft_model
+
+
+def save_adapter(peft_model, directory):
+    """Writes adapter_model.safetensors and adapter_config.json, peft's own layout, into `directory`."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    # save_embedding_layers=False: peft would otherwise ask the hub whether the vocabulary was resized.
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(state, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
+    config = copy.copy(peft_model.peft_config["default"])
+    config.inference_mode = True
+    for name in ("target_modules", "modules_to_save"):
+        if isinstance(getattr(config, name), set | list):
+            setattr(config, name, sorted(getattr(config, name)))  # peft keeps a set, whose order changes between runs
+    config.save_pretrained(directory)
+
+
+def load_adapter(model, adapter_dir, is_trainable=False):
+    """Wraps `model` with the LoRA adapter in `adapter_dir` (peft's layout, from here or elsewhere) → peft.PeftModel.
+
+    Raises ValueError for a directory without an adapter, an adapter that is not LoRA, and any tensor that is missing,
+    misshapen or has no place in the model.
+    """
+    directory = Path(adapter_dir)
+    file = directory / "adapter_model.safetensors"
+    if not file.exists():
+        file = directory / "adapter_model.bin"  # written by peft before safetensors
+    if not file.is_file() or not (directory / "adapter_config.json").is_file():
+        raise ValueError(f"{directory}: no adapter here (adapter_config.json and adapter_model.safetensors)")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise ValueError(f"{directory}: cannot read this adapter: {error}") from error
+    if not isinstance(config, LoraConfig) or config.megatron_config:  # megatron_config would import a module it names
+        raise ValueError(f"{directory}: this adapter is not plain LoRA (its type is {config.peft_type})")
+    config.inference_mode = not is_trainable
+    config.base_model_name_or_path = model.name_or_path
+    peft_model = get_peft_model(model, config)
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    faults = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
+    faults += [f"unknown {name}" for name in sorted(state.keys() - expected.keys())]
+    faults += [
+        f"{name} has shape {list(state[name].shape)}, not {list(expected[name].shape)}"
+        for name in sorted(state.keys() & expected.keys())
+        if state[name].shape != expected[name].shape
+    ]
+    if faults:
+        raise ValueError(f"{directory}: the adapter does not fit this model: {_first(faults)}")
+    set_peft_model_state_dict(peft_model, state)
+    return _trainable_in_fp32(peft_model).train(is_trainable)

@@ -1,0 +1,69 @@
+"""Writes a checkpoint of chatglm3-6b's shape and official layout (7 shards, fp16) with random weights, to measure loading,
+training and decoding where the real one isn't at hand.
+
+    python tests/benchmarks/random_checkpoint.py DIRECTORY --vocabulary tokenizer.model
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import model as chatglm
+
+
+@torch.no_grad()
+def random_model(config, device):
+    """Every matrix normal with standard deviation 0.02, every norm one, every bias zero; fp16."""
+    with torch.device("meta"):
+        model = chatglm.ChatGLMForCausalLM(config).half()
+    model = model.to_empty(device=device)
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            param.zero_()
+        elif name.endswith("layernorm.weight"):
+            param.fill_(1)
+        else:
+            param.normal_(0, 0.02)
+    return model
+
+
+def save(model, directory, shards):
+    weights, index, last = list(model.state_dict().items()), {}, 0
+    total = sum(tensor.nbytes for _, tensor in weights)
+    done = 0
+    parts = [{} for _ in range(shards)]
+    for name, tensor in weights:
+        last = min(shards - 1, done * shards // total)
+        parts[last][name] = tensor
+        done += tensor.nbytes
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05}-of-{shards:05}.safetensors"
+        save_file(part, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": total}, "weight_map": index}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--vocabulary", type=Path, required=True, help="the official tokenizer.model")
+    args = parser.parse_args()
+    args.directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    config = chatglm.ChatGLMConfig(dtype="float16")
+    model = random_model(config, "cuda" if torch.cuda.is_available() else "cpu")
+    save(model, args.directory, shards=7)
+    config.save_pretrained(args.directory)
+    shutil.copy(args.vocabulary, args.directory / "tokenizer.model")
+    print(f"{args.directory}: {sum(p.numel() for p in model.parameters()):,} random parameters in 7 shards")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Fine-tunes ChatGLM3 with LoRA: one visible loop.
+
+python train.py                                                              # a built-in tiny model, a minute or two
+python train.py --model THUDM/chatglm3-6b --data huanhuan.json --system "…"  # the real job
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+import warnings
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import model as chatglm
+
+# What the built-in model trains with instead of the defaults below: random weights need more to be changed.
+TINY_PRESET = dict(
+    learning_rate=3e-3,
+    epochs=50,
+    lora_r=16,
+    lora_dropout=0.0,
+    target_modules=["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    gradient_checkpointing="off",
+)
+
+
+def parse_args(argv=None):
+    def at_least(low, kind=int):
+        def number(text):
+            value = kind(text)
+            if not low <= value < math.inf:
+                raise argparse.ArgumentTypeError(f"must be {low} or more, not {text}")
+            return value
+
+        return number
+
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--model", help="directory or hub id of a ChatGLM3 checkpoint; without it, the built-in tiny model"
+    )
+    group.add_argument("--data", nargs="+", default=[str(data.SAMPLE)], metavar="FILE", help="JSON or JSONL files")
+    group.add_argument("--system", metavar="TEXT", help="system message of conversations that have none")
+    group.add_argument("--output-dir", default="output/ChatGLM", help="where the adapter and checkpoints go")
+    group.add_argument(
+        "--max-length", type=at_least(8), default=512, help="tokens of a sample, prompt and answer together"
+    )
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch-size", type=at_least(1), default=4, help="samples of a micro-batch")
+    group.add_argument("--gradient-accumulation-steps", type=at_least(1), default=2, help="micro-batches of an update")
+    group.add_argument("--epochs", type=at_least(1), default=3, help="passes over the data")
+    group.add_argument("--max-steps", type=at_least(1), help="stop after this many updates, whatever --epochs says")
+    group.add_argument("--learning-rate", type=at_least(0.0, float), default=1e-4, help="peak learning rate of AdamW")
+    group.add_argument(
+        "--lr-schedule", choices=("linear", "cosine", "constant"), default="linear", help="after warm-up"
+    )
+    group.add_argument("--warmup-steps", type=at_least(0), default=0, help="updates of linear warm-up")
+    group.add_argument("--weight-decay", type=at_least(0.0, float), default=0.0, help="of AdamW")
+    group.add_argument(
+        "--max-grad-norm", type=at_least(0.0, float), default=1.0, help="gradients are clipped to this norm"
+    )
+    group.add_argument("--seed", type=at_least(0), default=42, help="of LoRA's start, dropout and the order of samples")
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--lora-r", type=at_least(1), default=8, help="rank")
+    group.add_argument("--lora-alpha", type=at_least(0.0, float), default=32, help="the update is scaled by alpha / r")
+    group.add_argument("--lora-dropout", type=at_least(0.0, float), default=0.1, help="on LoRA's input")
+    group.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=["query_key_value"],
+        metavar="NAME",
+        help="names of the linear layers, or one regular expression for whole module paths",
+    )
+    group.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules that are trained and saved whole")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *chatglm.DTYPES),
+        default="auto",
+        help="of base and autocast; auto: fp16 on CUDA, else fp32",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        choices=("all", "off"),
+        default="all",
+        help="blocks whose activations are recomputed",
+    )
+    group = parser.add_argument_group("progress")
+    group.add_argument("--logging-steps", type=at_least(1), default=10, help="updates between lines of metrics.jsonl")
+    group.add_argument("--save-steps", type=at_least(1), default=100, help="updates between checkpoints")
+
+    if parser.parse_args(argv).model is None:
+        parser.set_defaults(**TINY_PRESET)
+    args = parser.parse_args(argv)
+    if args.lora_dropout >= 1:
+        parser.error("argument --lora-dropout: must be less than 1")
+    return args
+
+
+# --- one update -------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, total_steps, peak, warmup_steps, schedule):
+    """Of update number `step`, counted from 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1}[schedule]
+
+
+def micro_step(model, batch, supervised, scaler):
+    """Forward and backward of one micro-batch (data.collate). → its part of the update's loss, on the device."""
+    device = model.device
+    input_ids, positions, targets = (
+        batch[name].to(device, non_blocking=True) for name in ("input_ids", "positions", "targets")
+    )
+    with torch.autocast(device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
+        # Divided before backward: fp16 gradients of a sum over a thousand tokens would overflow.
+        loss = model.summed_loss(input_ids, positions, targets) / supervised
+    scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def train_update(model, micro_batches, optimizer, scaler, max_grad_norm):
+    """One optimiser step on the mean loss over the supervised tokens of all `micro_batches`, however they are split.
+    → (that loss, the gradients' norm before clipping), on the device. A norm that is not finite means that GradScaler
+    skipped the step and lowered its scale."""
+    supervised = sum(len(batch["targets"]) for batch in micro_batches)
+    loss = sum(micro_step(model, batch, supervised, scaler) for batch in micro_batches)
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss, grad_norm
+
+
+def updates(dataset, args, device):
+    """Yields (epoch, the micro-batches of one update) without end."""
+    size, split = args.batch_size * args.gradient_accumulation_steps, args.batch_size
+    for epoch in count():
+        loader = DataLoader(
+            dataset,
+            batch_sampler=data.batch_order(dataset.lengths, size, args.seed, epoch),
+            collate_fn=lambda samples: [data.collate(samples[i : i + split]) for i in range(0, len(samples), split)],
+            pin_memory=device.type == "cuda",
+        )
+        for micro_batches in loader:
+            yield epoch, micro_batches
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def save(peft_model, directory, args):
+    """The adapter, and the arguments it was trained with (infer.py reads the system message there), into `directory`."""
+    chatglm.save_adapter(peft_model, directory)
+    Path(directory, "training_args.json").write_text(
+        json.dumps(vars(args), ensure_ascii=False, indent=2) + "\n", "utf-8"
+    )
+
+
+def save_checkpoint(peft_model, output_dir, step, args):
+    final, part = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.part"
+    for old in (part, final):
+        shutil.rmtree(old, ignore_errors=True)
+    save(peft_model, part, args)
+    os.replace(part, final)  # a checkpoint is there whole or not at all
+
+
+def set_up(args):
+    """→ (peft model, tokenizer, dataset). Every mistake of the user's is found here, before anything is written: raises
+    ValueError or OSError with a message for them."""
+    there = next(p for p in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{args.output_dir}: cannot write there; choose another --output-dir")
+    path = chatglm.find_model(args.model)
+    tokenizer = data.ChatGLMTokenizer(path)
+    dataset = data.ConversationDataset(args.data, tokenizer, args.max_length, args.system)
+    start = time.perf_counter()
+    model = chatglm.load_model(path, args.device, args.dtype)
+    if tokenizer.vocab_size > model.config.padded_vocab_size:
+        raise ValueError(
+            f"{path}: its vocabulary has {tokenizer.vocab_size} ids, the model {model.config.padded_vocab_size}"
+        )
+    total = sum(p.numel() for p in model.parameters())
+    took = time.perf_counter() - start
+    print(f"model    {path}: {total:,} parameters, {str(model.dtype)[6:]} on {model.device}, loaded in {took:.1f} s")
+    torch.manual_seed(args.seed)
+    targets = args.target_modules
+    if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        targets = targets[0]  # a regular expression
+    peft_model = chatglm.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.modules_to_save)
+    model.transformer.encoder.checkpointed_layers = model.config.num_layers * (args.gradient_checkpointing == "all")
+    return peft_model, tokenizer, dataset
+
+
+def describe(args, peft_model, tokenizer, dataset, total_steps):
+    """What will be trained, for the user to check before it takes its time."""
+    lengths = sorted(dataset.lengths)
+    print(
+        f"data     {len(dataset):,} samples: {sum(lengths):,} tokens, {dataset.supervised / sum(lengths):.1%} of them learnt; "
+        f"a sample has {sum(lengths) / len(lengths):.1f} (median {lengths[len(lengths) // 2]}, longest {lengths[-1]})"
+    )
+    print(f"         longer than --max-length {args.max_length}: {dataset.cut} cut, {dataset.dropped} dropped")
+    print(f"sample   {dataset.places[0]}, learnt between ⟦ and ⟧:")
+    print(textwrap.indent(data.render(tokenizer, *(t.tolist() for t in dataset[0])), "         "))
+    params = [p for p in peft_model.parameters() if p.requires_grad]
+    print(
+        f"trained  {sum(p.numel() for p in params):,} parameters in {len(params)} tensors: "
+        f"LoRA r {args.lora_r}, alpha {args.lora_alpha:g} on {' '.join(args.target_modules)}"
+    )
+    print(
+        f"updates  {total_steps:,}, each of {args.batch_size} × {args.gradient_accumulation_steps} samples", flush=True
+    )
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.model is None:
+        print(
+            "No --model: the built-in tiny model (random weights). For the real job: --model DIR_OR_HUB_ID --data FILE"
+        )
+    warnings.filterwarnings("ignore", module="transformers|peft")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        peft_model, tokenizer, dataset = set_up(args)
+    except (ValueError, OSError) as error:
+        sys.stderr.writelines(f"train.py: error: {line}\n" for line in str(error).splitlines())
+        sys.exit(2)
+
+    samples_per_step = args.batch_size * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(dataset) / samples_per_step)
+    total_steps = args.max_steps or args.epochs * steps_per_epoch
+    describe(args, peft_model, tokenizer, dataset, total_steps)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    model = peft_model.get_base_model()  # the network itself, LoRA layers inside: no wrapper between the loop and it
+    model.train()
+    device = model.device
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
+    metrics = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
+    bar = tqdm(total=total_steps, unit="update", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
+    # Sums since the last line of metrics; those on the device are read only there, because reading waits for the device.
+    window_loss, skipped, supervised, tokens, started = 0.0, 0, 0, 0, time.perf_counter()
+    all_samples, all_tokens, training_started = 0, 0, started
+
+    for step, (epoch, micro_batches) in enumerate(islice(updates(dataset, args, device), total_steps), 1):
+        lr = learning_rate(step - 1, total_steps, args.learning_rate, args.warmup_steps, args.lr_schedule)
+        optimizer.param_groups[0]["lr"] = lr
+        loss, grad_norm = train_update(model, micro_batches, optimizer, scaler, args.max_grad_norm)
+
+        learnt = sum(len(batch["targets"]) for batch in micro_batches)
+        window_loss += loss * learnt
+        supervised += learnt
+        tokens += sum(batch["tokens"] for batch in micro_batches)
+        all_samples += sum(len(batch["input_ids"]) for batch in micro_batches)
+        skipped += ~torch.isfinite(grad_norm)
+        bar.update()
+        if step % args.logging_steps == 0 or step == total_steps:
+            line = {
+                "step": step,
+                "epoch": epoch,
+                "loss": float(window_loss) / supervised,  # over the supervised tokens since the last line
+                "grad_norm": float(grad_norm),
+                "learning_rate": lr,
+                "tokens": tokens,
+                "loss_scale": scaler.get_scale(),
+                "skipped": int(skipped),  # updates since the start that overflowed in fp16
+            }
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            speed = tokens / (time.perf_counter() - started)
+            overflow = {"skipped": line["skipped"]} if line["skipped"] else {}
+            bar.set_postfix({"loss": f"{line['loss']:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflow})
+            all_tokens += tokens
+            window_loss, supervised, tokens, started = 0.0, 0, 0, time.perf_counter()
+        if step % args.save_steps == 0:
+            save_checkpoint(peft_model, output_dir, step, args)
+
+    bar.close()
+    metrics.close()
+    save(peft_model, output_dir, args)
+    took = time.perf_counter() - training_started
+    print(
+        f"trained  {all_samples:,} samples in {took:.1f} s: {all_samples / took:.1f} samples/s, {all_tokens / took:,.0f} tokens/s"
+    )
+    if scaler.is_enabled():
+        print(f"         {int(skipped)} updates skipped because fp16 overflowed; loss scale now {scaler.get_scale():g}")
+    if device.type == "cuda":
+        print(f"         peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    adapter = "" if args.output_dir == "output/ChatGLM" else f" --adapter {shlex.quote(args.output_dir)}"
+    print(
+        f'saved    {output_dir}/adapter_model.safetensors; try it:\n         python infer.py{adapter} --prompt "你是谁？"'
+    )
+
+
+if __name__ == "__main__":
+    main()
