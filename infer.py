@@ -78,16 +78,23 @@ def stream(tokenizer, ids):
     yield data.split_answer(tokenizer, seen)[1][shown:]
 
 
-def find_base(adapter_dir):
-    """The base that an adapter names: a directory (also relative to the adapter's) or a hub id."""
+def read_json(file):
     try:
-        name = json.loads(Path(adapter_dir, "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{adapter_dir}: no adapter here to read; run train.py first, or give --adapter DIR"
-        ) from error
-    beside = Path(adapter_dir, str(name))
-    return str(beside.resolve()) if not Path(str(name), "config.json").exists() and beside.is_dir() else str(name)
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot read it: {error}") from error
+
+
+def find_base(adapter_dir):
+    """The base that an adapter names: a directory, if need be relative to the adapter's own, or a hub id."""
+    file = Path(adapter_dir, "adapter_config.json")
+    if not file.exists():
+        raise ValueError(f"{adapter_dir}: no adapter here; run train.py first, or give --adapter DIR")
+    name = read_json(file).get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{file}: it names no base; give --model DIR_OR_HUB_ID")
+    beside = Path(adapter_dir, name)
+    return str(beside.resolve()) if beside.is_dir() and not Path(name, "config.json").exists() else name
 
 
 def set_up(args):
@@ -95,7 +102,7 @@ def set_up(args):
     untrained = args.no_adapter and not Path(args.adapter, "adapter_config.json").exists()
     path = chatglm.find_model(args.model or (None if untrained else find_base(args.adapter)))
     if path == str(chatglm.TINY):
-        print("Base: the built-in tiny model (random weights). For the real job: train.py --model …", file=sys.stderr)
+        print("The built-in tiny model, random weights. For the real job: train.py --model …", file=sys.stderr)
     tokenizer = data.ChatGLMTokenizer(path)
     model = chatglm.load_model(path, args.device, args.dtype)
     if not args.no_adapter:
@@ -103,25 +110,26 @@ def set_up(args):
     system = args.system
     trained_with = Path(args.adapter, "training_args.json")
     if system is None and trained_with.exists():
-        system = json.loads(trained_with.read_text("utf-8"))["system"]
+        system = read_json(trained_with).get("system")
     return model, tokenizer, system
 
 
 def main(argv=None):
     args = parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     warnings.filterwarnings("ignore", module="transformers|peft")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         model, tokenizer, system = set_up(args)
+        messages = data.with_system([{"role": "user", "content": args.prompt}], system)
+        prompt_ids = data.encode_prompt(tokenizer, messages)
     except (ValueError, OSError) as error:
         sys.stderr.writelines(f"infer.py: error: {line}\n" for line in str(error).splitlines())
         sys.exit(2)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     choose = torch.argmax if args.greedy else lambda logits: sample(logits, args.temperature, args.top_p)
-    messages = data.with_system([{"role": "user", "content": args.prompt}], system)
-    prompt_ids = data.encode_prompt(tokenizer, messages)
     for text in stream(tokenizer, generate(model, prompt_ids, args.max_new_tokens, tokenizer.stop_ids, choose)):
         print(text, end="", flush=True)
     print()

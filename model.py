@@ -80,11 +80,11 @@ class RMSNorm(nn.Module):
         return (self.weight * x32).to(x.dtype)
 
 
-def rope_table(length, dim, base, dtype, device):
-    """[length, dim/2, 2]: cos and sin of position × frequency, computed in fp32, rounded to `dtype` once."""
+def rope_table(length, dim, base, device):
+    """[length, dim/2, 2] in fp32: cos and sin of position × frequency."""
     freq = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
 def apply_rope(x, rope):
@@ -183,10 +183,9 @@ class Transformer(nn.Module):
         """input_ids [B, T] at positions start, start + 1, … → hidden states [B, T, C], after the final norm."""
         x = self.embedding.word_embeddings(input_ids)
         end = start + input_ids.shape[1]
-        dtype = self.encoder.final_layernorm.weight.dtype
-        if len(self.rope) < end or self.rope.device != x.device or self.rope.dtype != dtype:
-            self.rope = rope_table(max(end, 2048), self.rope_dim, self.rope_base, dtype, x.device)
-        return self.encoder(x, self.rope[start:end], cache, start)
+        if len(self.rope) < end or self.rope.device != x.device:
+            self.rope = rope_table(max(end, 2048), self.rope_dim, self.rope_base, x.device)
+        return self.encoder(x, self.rope[start:end].to(x.dtype), cache, start)
 
 
 class ChatGLMForCausalLM(PreTrainedModel):
@@ -267,9 +266,9 @@ class ChatGLMForCausalLM(PreTrainedModel):
 
     def new_cache(self, batch_size, length):
         """An empty key/value cache for `length` tokens: [layers, 2, B, G, length, D]."""
-        c, weight = self.config, self.transformer.encoder.final_layernorm.weight
+        c = self.config
         shape = (c.num_layers, 2, batch_size, c.multi_query_group_num, length, c.kv_channels)
-        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
 TINY = Path(__file__).parent / "dataset" / "tiny"

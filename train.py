@@ -70,9 +70,7 @@ def parse_args(argv=None):
     )
     group.add_argument("--warmup-steps", type=at_least(0), default=0, help="updates of linear warm-up")
     group.add_argument("--weight-decay", type=at_least(0.0, float), default=0.0, help="of AdamW")
-    group.add_argument(
-        "--max-grad-norm", type=at_least(0.0, float), default=1.0, help="gradients are clipped to this norm"
-    )
+    group.add_argument("--max-grad-norm", type=at_least(0.0, float), default=1.0, help="of gradients; 0: no clipping")
     group.add_argument("--seed", type=at_least(0), default=42, help="of LoRA's start, dropout and the order of samples")
     group = parser.add_argument_group("LoRA")
     group.add_argument("--lora-r", type=at_least(1), default=8, help="rank")
@@ -143,7 +141,7 @@ def train_update(model, micro_batches, optimizer, scaler, max_grad_norm):
     supervised = sum(len(batch["targets"]) for batch in micro_batches)
     loss = sum(micro_step(model, batch, supervised, scaler) for batch in micro_batches)
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -170,9 +168,8 @@ def updates(dataset, args, device):
 def save(peft_model, directory, args):
     """The adapter, and the arguments it was trained with (infer.py reads the system message there), into `directory`."""
     chatglm.save_adapter(peft_model, directory)
-    Path(directory, "training_args.json").write_text(
-        json.dumps(vars(args), ensure_ascii=False, indent=2) + "\n", "utf-8"
-    )
+    text = json.dumps(vars(args), ensure_ascii=False, indent=2)
+    Path(directory, "training_args.json").write_text(text + "\n", "utf-8")
 
 
 def save_checkpoint(peft_model, output_dir, step, args):
@@ -194,10 +191,9 @@ def set_up(args):
     dataset = data.ConversationDataset(args.data, tokenizer, args.max_length, args.system)
     start = time.perf_counter()
     model = chatglm.load_model(path, args.device, args.dtype)
-    if tokenizer.vocab_size > model.config.padded_vocab_size:
-        raise ValueError(
-            f"{path}: its vocabulary has {tokenizer.vocab_size} ids, the model {model.config.padded_vocab_size}"
-        )
+    size = model.config.padded_vocab_size
+    if tokenizer.vocab_size > size:
+        raise ValueError(f"{path}: its vocabulary has {tokenizer.vocab_size} ids, its embedding {size}")
     total = sum(p.numel() for p in model.parameters())
     took = time.perf_counter() - start
     print(f"model    {path}: {total:,} parameters, {str(model.dtype)[6:]} on {model.device}, loaded in {took:.1f} s")
@@ -213,29 +209,27 @@ def set_up(args):
 def describe(args, peft_model, tokenizer, dataset, total_steps):
     """What will be trained, for the user to check before it takes its time."""
     lengths = sorted(dataset.lengths)
+    total = sum(lengths)
     print(
-        f"data     {len(dataset):,} samples: {sum(lengths):,} tokens, {dataset.supervised / sum(lengths):.1%} of them learnt; "
-        f"a sample has {sum(lengths) / len(lengths):.1f} (median {lengths[len(lengths) // 2]}, longest {lengths[-1]})"
+        f"data     {len(lengths):,} samples: {total:,} tokens, {dataset.supervised / total:.1%} of them learnt; ",
+        end="",
     )
+    print(f"a sample has {total / len(lengths):.1f} (median {lengths[len(lengths) // 2]}, longest {lengths[-1]})")
     print(f"         longer than --max-length {args.max_length}: {dataset.cut} cut, {dataset.dropped} dropped")
     print(f"sample   {dataset.places[0]}, learnt between ⟦ and ⟧:")
     print(textwrap.indent(data.render(tokenizer, *(t.tolist() for t in dataset[0])), "         "))
     params = [p for p in peft_model.parameters() if p.requires_grad]
-    print(
-        f"trained  {sum(p.numel() for p in params):,} parameters in {len(params)} tensors: "
-        f"LoRA r {args.lora_r}, alpha {args.lora_alpha:g} on {' '.join(args.target_modules)}"
-    )
-    print(
-        f"updates  {total_steps:,}, each of {args.batch_size} × {args.gradient_accumulation_steps} samples", flush=True
-    )
+    print(f"trained  {sum(p.numel() for p in params):,} parameters in {len(params)} tensors: ", end="")
+    print(f"LoRA r {args.lora_r}, alpha {args.lora_alpha:g} on {' '.join(args.target_modules)}")
+    size = f"{args.batch_size} × {args.gradient_accumulation_steps} samples"
+    print(f"updates  {total_steps:,}, each of {size}", flush=True)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     if args.model is None:
-        print(
-            "No --model: the built-in tiny model (random weights). For the real job: --model DIR_OR_HUB_ID --data FILE"
-        )
+        print("The built-in tiny model, random weights. For the real job: --model DIR_OR_HUB_ID --data FILE")
     warnings.filterwarnings("ignore", module="transformers|peft")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -301,17 +295,15 @@ def main(argv=None):
     metrics.close()
     save(peft_model, output_dir, args)
     took = time.perf_counter() - training_started
-    print(
-        f"trained  {all_samples:,} samples in {took:.1f} s: {all_samples / took:.1f} samples/s, {all_tokens / took:,.0f} tokens/s"
-    )
+    print(f"speed    {all_samples:,} samples in {took:.1f} s: ", end="")
+    print(f"{all_samples / took:.1f} samples/s, {all_tokens / took:,.0f} tokens/s")
     if scaler.is_enabled():
         print(f"         {int(skipped)} updates skipped because fp16 overflowed; loss scale now {scaler.get_scale():g}")
     if device.type == "cuda":
         print(f"         peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     adapter = "" if args.output_dir == "output/ChatGLM" else f" --adapter {shlex.quote(args.output_dir)}"
-    print(
-        f'saved    {output_dir}/adapter_model.safetensors; try it:\n         python infer.py{adapter} --prompt "你是谁？"'
-    )
+    print(f"saved    {output_dir}/adapter_model.safetensors; try it:")
+    print(f'         python infer.py{adapter} --prompt "你是谁？"')
 
 
 if __name__ == "__main__":

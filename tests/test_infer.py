@@ -81,7 +81,7 @@ def test_the_base_is_found_beside_the_adapter(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "THUDM/chatglm3-6b"}')
     assert infer.find_base(tmp_path) == "THUDM/chatglm3-6b"
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no adapter here"):
+    with pytest.raises(ValueError, match="names no base"):
         infer.find_base(tmp_path)
 
 
@@ -124,7 +124,7 @@ def test_infer_command(trained):
     common = ["--adapter", adapter, "--device", device, "--prompt", "你是谁？"]
     answer = run("infer.py", *common, "--greedy")
     assert (answer.returncode, answer.stdout) == (0, "我是小砚，一个在随机权重上练出来的小模型。\n"), answer.stderr
-    assert answer.stderr.startswith("Base: the built-in tiny model")
+    assert answer.stderr.startswith("The built-in tiny model, random weights.")
     assert run("infer.py", *common, "--greedy", "--no-adapter").stdout != answer.stdout
     drawn = [run("infer.py", *common, "--temperature", 5, "--top-p", 1, "--seed", seed).stdout for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
