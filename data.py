@@ -306,7 +306,8 @@ def collate(samples):
     """[(input_ids, labels)] → a micro-batch, padded on the right to the longest of them, to a multiple of 8:
 
     input_ids [B, T]; positions [N], where in the flattened [B × T] a supervised token is predicted; targets [N], those
-    tokens; tokens, how many of B × T are not padding.
+    tokens. N is padded too, to a multiple of 128 (position 0, target -100), so that few shapes occur. Counts: tokens that
+    are not padding, and those that are supervised.
     """
     length = max(len(input_ids) for input_ids, _ in samples)
     length += -length % 8  # tensor cores want multiples of 8
@@ -314,11 +315,13 @@ def collate(samples):
     # The shift: position t predicts token t + 1.
     labels = torch.stack([F.pad(labels[1:], (0, length - len(labels) + 1), value=IGNORE) for _, labels in samples])
     positions = (labels.flatten() != IGNORE).nonzero().squeeze(1)
+    fill = (0, -len(positions) % 128)
     return {
         "input_ids": input_ids,
-        "positions": positions,
-        "targets": labels.flatten()[positions],
+        "positions": F.pad(positions, fill),
+        "targets": F.pad(labels.flatten()[positions], fill, value=IGNORE),
         "tokens": sum(len(ids) for ids, _ in samples),
+        "supervised": len(positions),
     }
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+LOSS_CHUNK = 1024  # positions whose logits are held at a time
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -259,10 +260,18 @@ class ChatGLMForCausalLM(PreTrainedModel):
         """The training loss: cross-entropy, in fp32, summed over the supervised tokens.
 
         input_ids [B, T]; positions [N]: where in the flattened batch a supervised token is predicted; targets [N]: that
-        token. The output layer, a third of a short batch's memory, runs at those positions only.
+        token, or -100 for none. The output layer runs at those positions only, and at no more than LOSS_CHUNK of them at
+        a time: the logits of a long text (65,024 numbers a token, several times over) would take more than the network.
         """
-        hidden = self.transformer(input_ids).flatten(0, 1)[positions]  # [N, C]
-        return F.cross_entropy(self.transformer.output_layer(hidden).float(), targets, reduction="sum")
+        hidden = self.transformer(input_ids).flatten(0, 1).index_select(0, positions)  # [N, C]
+        if len(hidden) <= LOSS_CHUNK:
+            return self._loss(hidden, targets)
+        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        return sum(checkpoint(self._loss, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks)
+
+    def _loss(self, hidden, targets):
+        logits = self.transformer.output_layer(hidden).float()
+        return F.cross_entropy(logits, targets, reduction="sum")
 
     def new_cache(self, batch_size, length):
         """An empty key/value cache for `length` tokens: [layers, 2, B, G, length, D]."""

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 import warnings
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -33,7 +34,6 @@ TINY_PRESET = dict(
     lora_r=16,
     lora_dropout=0.0,
     target_modules=["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-    gradient_checkpointing="off",
 )
 
 
@@ -94,9 +94,17 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--gradient-checkpointing",
-        choices=("all", "off"),
-        default="all",
-        help="blocks whose activations are recomputed",
+        type=lambda text: text if text in ("all", "off", "auto") else at_least(0)(text),
+        default="auto",
+        metavar="all|off|N|auto",
+        help="how many blocks recompute their activations in backward; auto: as few as memory allows",
+    )
+    group.add_argument("--compile", action="store_true", help="compile the blocks: faster on CUDA, after a minute")
+    group.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="replay the micro-step instead of launching its kernels one by one; default: on CUDA, without checkpointing",
     )
     group = parser.add_argument_group("progress")
     group.add_argument("--logging-steps", type=at_least(1), default=10, help="updates between lines of metrics.jsonl")
@@ -110,6 +118,9 @@ def parse_args(argv=None):
     return args
 
 
+TENSORS = ("input_ids", "positions", "targets")  # of a micro-batch, what goes to the device
+
+
 # --- one update -------------------------------------------------------------------------------------------------------
 
 
@@ -121,30 +132,72 @@ def learning_rate(step, total_steps, peak, warmup_steps, schedule):
     return peak * {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1}[schedule]
 
 
-def micro_step(model, batch, supervised, scaler):
-    """Forward and backward of one micro-batch (data.collate). → its part of the update's loss, on the device."""
-    device = model.device
-    input_ids, positions, targets = (
-        batch[name].to(device, non_blocking=True) for name in ("input_ids", "positions", "targets")
-    )
-    with torch.autocast(device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
+def micro_step(model, scaler, input_ids, positions, targets, supervised):
+    """Forward and backward of one micro-batch (data.collate) → its part of the update's loss. All are on the device, the
+    number of the update's supervised tokens too, so that nothing here waits for the device."""
+    with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
         # Divided before backward: fp16 gradients of a sum over a thousand tokens would overflow.
         loss = model.summed_loss(input_ids, positions, targets) / supervised
     scaler.scale(loss).backward()
     return loss.detach()
 
 
-def train_update(model, micro_batches, optimizer, scaler, max_grad_norm):
-    """One optimiser step on the mean loss over the supervised tokens of all `micro_batches`, however they are split.
-    → (that loss, the gradients' norm before clipping), on the device. A norm that is not finite means that GradScaler
-    skipped the step and lowered its scale."""
-    supervised = sum(len(batch["targets"]) for batch in micro_batches)
-    loss = sum(micro_step(model, batch, supervised, scaler) for batch in micro_batches)
+class CUDAGraphs:
+    """micro_step, captured once for each shape of micro-batch and then replayed: one launch instead of thousands, which
+    small batches otherwise wait for. The graphs share one pool of memory; shapes after the first `most` are not captured."""
+
+    def __init__(self, step, params, most=96):
+        self.step, self.params, self.most = step, params, most
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, *batch):
+        shapes = tuple(tensor.shape for tensor in batch)
+        if shapes not in self.graphs:
+            if len(self.graphs) == self.most:
+                return self.step(*batch)
+            self.graphs[shapes] = self.capture(batch)
+        graph, inputs, loss = self.graphs[shapes]
+        for mine, tensor in zip(inputs, batch, strict=True):
+            mine.copy_(tensor)
+        graph.replay()
+        return loss.clone()
+
+    def capture(self, batch):
+        inputs = [tensor.clone() for tensor in batch]
+        grads = [None if p.grad is None else p.grad.clone() for p in self.params]
+        random_state = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(
+                *inputs
+            )  # compiles, chooses and loads kernels, makes the gradients' tensors: none of it can be captured
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.set_rng_state(random_state)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = self.step(*inputs)
+        for param, grad in zip(self.params, grads, strict=True):  # as they were before the trial
+            param.grad.zero_() if grad is None else param.grad.copy_(grad)
+        return graph, inputs, loss
+
+
+def train_update(step, micro_batches, optimizer, scaler, max_grad_norm):
+    """One optimiser step on the mean loss over the supervised tokens of all `micro_batches`, however they are split; `step`
+    is micro_step for a model. → (that loss, the gradients' norm before clipping), on the device. A norm that is not finite
+    means that GradScaler skipped the step and lowered its scale."""
+    params = optimizer.param_groups[0]["params"]
+    device = params[0].device
+    supervised = torch.full((), sum(batch["supervised"] for batch in micro_batches), device=device)
+    loss = 0
+    for batch in micro_batches:
+        tensors = (batch[name].to(device, non_blocking=True) for name in TENSORS)
+        loss = loss + step(*tensors, supervised)
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)  # a captured graph adds to these very tensors
     return loss, grad_norm
 
 
@@ -160,6 +213,76 @@ def updates(dataset, args, device):
         )
         for micro_batches in loader:
             yield epoch, micro_batches
+
+
+def fit_in_memory(step, encoder, batch, wanted):
+    """Sets how many blocks recompute their activations (`wanted`: all, off, a number or auto), and tries it on `batch`, the
+    longest there is, so that memory doesn't run out later. Raises ValueError with what would fit."""
+    layers = len(encoder.layers)
+    cuda = batch[0].device.type == "cuda"
+
+    def peak(checkpointed_layers):
+        encoder.checkpointed_layers = checkpointed_layers
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            step(*batch)
+            return torch.cuda.max_memory_allocated()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return math.inf
+
+    encoder.checkpointed_layers = {"all": layers, "off": 0, "auto": 0}.get(wanted, wanted)
+    if not cuda:
+        return
+    if peak(encoder.checkpointed_layers) < math.inf:
+        return
+    if wanted == "auto" and (least := peak(layers)) < math.inf:
+        a_layer = peak(layers - 1) - least  # what storing one more block's activations costs
+        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - least
+        for checkpointed_layers in range(max(1, layers - int(room / a_layer)), layers + 1):
+            if peak(checkpointed_layers) < math.inf:
+                return
+    rows, length = batch[0].shape
+    raise ValueError(
+        f"out of memory on the longest micro-batch, {rows} × {length} tokens; try a smaller --batch-size (with more "
+        "--gradient-accumulation-steps the result is the same), --gradient-checkpointing all, or a smaller --max-length"
+    )
+
+
+def make_step(args, model, scaler, dataset):
+    """micro_step for `model`, with the fast paths that `args` asks for around it. Raises ValueError for what can't be had."""
+    encoder, cuda = model.transformer.encoder, model.device.type == "cuda"
+    if args.cuda_graphs and not cuda:
+        raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # autocast sees to it; peft would cast to fp32 first
+    if args.compile:
+        for layer in encoder.layers:
+            layer.compile(dynamic=True)  # one compilation for all lengths
+    step = partial(micro_step, model, scaler)
+    longest = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
+    batch = data.collate([longest] * args.batch_size)
+    batch = [batch[name].to(model.device) for name in TENSORS] + [torch.ones((), device=model.device)]
+    started = time.perf_counter()
+    fit_in_memory(step, encoder, batch, args.gradient_checkpointing)
+    if cuda:
+        shape, took = " × ".join(map(str, batch[0].shape)), time.perf_counter() - started
+        print(
+            f"memory   {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB for the longest micro-batch, {shape} tokens, ",
+            end="",
+        )
+        print(f"{encoder.checkpointed_layers} of {len(encoder.layers)} blocks checkpointed (tried in {took:.1f} s)")
+    params = [p for p in model.parameters() if p.requires_grad]
+    for param in params:
+        param.grad = None
+    if args.cuda_graphs and encoder.checkpointed_layers:
+        raise ValueError(
+            "--cuda-graphs can't replay checkpointed blocks; add --gradient-checkpointing off, or leave it out"
+        )
+    if args.cuda_graphs or (args.cuda_graphs is None and cuda and not encoder.checkpointed_layers):
+        step = CUDAGraphs(step, params)
+    return step
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -202,7 +325,6 @@ def set_up(args):
     if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
         targets = targets[0]  # a regular expression
     peft_model = chatglm.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.modules_to_save)
-    model.transformer.encoder.checkpointed_layers = model.config.num_layers * (args.gradient_checkpointing == "all")
     return peft_model, tokenizer, dataset
 
 
@@ -235,23 +357,23 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     try:
         peft_model, tokenizer, dataset = set_up(args)
+        model = peft_model.get_base_model().train()  # the network itself, LoRA layers inside: no wrapper around it
+        scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+        step_fn = make_step(args, model, scaler, dataset)
     except (ValueError, OSError) as error:
         sys.stderr.writelines(f"train.py: error: {line}\n" for line in str(error).splitlines())
         sys.exit(2)
 
     samples_per_step = args.batch_size * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(dataset) / samples_per_step)
-    total_steps = args.max_steps or args.epochs * steps_per_epoch
+    total_steps = args.max_steps or args.epochs * math.ceil(len(dataset) / samples_per_step)
     describe(args, peft_model, tokenizer, dataset, total_steps)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    model = peft_model.get_base_model()  # the network itself, LoRA layers inside: no wrapper between the loop and it
-    model.train()
+    torch.manual_seed(args.seed)
     device = model.device
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
+    optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=device.type == "cuda")
     metrics = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
     bar = tqdm(total=total_steps, unit="update", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
     # Sums since the last line of metrics; those on the device are read only there, because reading waits for the device.
@@ -261,9 +383,9 @@ def main(argv=None):
     for step, (epoch, micro_batches) in enumerate(islice(updates(dataset, args, device), total_steps), 1):
         lr = learning_rate(step - 1, total_steps, args.learning_rate, args.warmup_steps, args.lr_schedule)
         optimizer.param_groups[0]["lr"] = lr
-        loss, grad_norm = train_update(model, micro_batches, optimizer, scaler, args.max_grad_norm)
+        loss, grad_norm = train_update(step_fn, micro_batches, optimizer, scaler, args.max_grad_norm)
 
-        learnt = sum(len(batch["targets"]) for batch in micro_batches)
+        learnt = sum(batch["supervised"] for batch in micro_batches)
         window_loss += loss * learnt
         supervised += learnt
         tokens += sum(batch["tokens"] for batch in micro_batches)

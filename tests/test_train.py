@@ -1,5 +1,6 @@
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ def new_optimizer(peft_model, **kwargs):
     return torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], **kwargs)
 
 
-def no_scaler():
-    return torch.amp.GradScaler("cpu", enabled=False)
+def update(peft_model, micro_batches, optimizer, scaler=None):
+    """One update as train.py's loop makes it → (loss, norm)"""
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    step = partial(train.micro_step, peft_model.get_base_model(), scaler)
+    return train.train_update(step, micro_batches, optimizer, scaler, max_grad_norm=1.0)
 
 
 # --- the update -------------------------------------------------------------------------------------------------------
@@ -38,9 +42,7 @@ def test_golden_training_run(golden):
         for row, length in zip(labels, prompt_len, strict=True):
             row[:length] = data.IGNORE
         micro_batches = [data.collate(list(zip(ids[i : i + 2], labels[i : i + 2], strict=True))) for i in (0, 2)]
-        loss, norm = train.train_update(
-            peft_model.get_base_model(), micro_batches, optimizer, no_scaler(), max_grad_norm=1.0
-        )
+        loss, norm = update(peft_model, micro_batches, optimizer)
         assert abs(loss - expected["train_loss"][step]) < 1e-5
         assert abs(norm - expected["train_grad_norm"][step]) < 1e-5
     assert step == 19
@@ -57,7 +59,7 @@ def test_the_split_into_micro_batches_does_not_matter_nor_does_padding(base):
     start = trainable_base(base)
     samples = random_samples([9, 12, 17, 23, 24, 31, 33, 40], 512)
 
-    def update(split, padding=0):
+    def split_update(split, padding=0):
         peft_model = copy.deepcopy(start)
         micro_batches = [data.collate(samples[i : i + split]) for i in range(0, 8, split)]
         for batch in micro_batches:
@@ -67,13 +69,13 @@ def test_the_split_into_micro_batches_does_not_matter_nor_does_padding(base):
             batch["input_ids"] = torch.nn.functional.pad(batch["input_ids"], (0, padding))
         # SGD at rate 1: the change is the clipped gradient itself, which AdamW's first step would hide in its sign
         optimizer = torch.optim.SGD([p for p in peft_model.parameters() if p.requires_grad], lr=1.0)
-        loss, norm = train.train_update(peft_model.get_base_model(), micro_batches, optimizer, no_scaler(), 1.0)
+        loss, norm = update(peft_model, micro_batches, optimizer)
         return {**lora_state(peft_model), "loss": loss, "norm": norm}
 
-    wanted = update(8)
+    wanted = split_update(8)
     assert wanted["norm"] > 1  # so the update was clipped
     for split, padding in ((4, 0), (2, 0), (1, 0), (8, 16), (1, 8)):
-        for name, tensor in update(split, padding).items():
+        for name, tensor in split_update(split, padding).items():
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-6)
 
 
@@ -84,7 +86,7 @@ def test_the_base_is_bit_identical_after_training(base):
     optimizer = new_optimizer(peft_model, lr=1e-2, weight_decay=0.1)
     for seed in range(3):
         batch = data.collate(random_samples([20, 30], 512, seed))
-        train.train_update(peft_model.train().get_base_model(), [batch], optimizer, no_scaler(), 1.0)
+        update(peft_model.train(), [batch], optimizer)
     assert not any(torch.equal(tensor, lora[name]) for name, tensor in lora_state(peft_model).items())
     after = {n.replace(".base_layer", ""): t for n, t in base.state_dict().items() if "lora_" not in n}
     assert after.keys() == before.keys()
@@ -100,9 +102,7 @@ def half_precision():
 def test_fp16_on_a_cpu_learns():
     peft_model, optimizer = half_precision()
     scaler, batch = torch.amp.GradScaler("cpu"), data.collate(random_samples([20, 30], 512))
-    losses = [
-        train.train_update(peft_model.get_base_model(), [batch], optimizer, scaler, 1.0)[0].item() for _ in range(20)
-    ]
+    losses = [update(peft_model, [batch], optimizer, scaler)[0].item() for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -110,7 +110,7 @@ def test_an_fp16_overflow_skips_the_update_and_lowers_the_scale():
     peft_model, optimizer = half_precision()
     scaler, batch = torch.amp.GradScaler("cpu", init_scale=2.0**40), data.collate(random_samples([20, 30], 512))
     before = lora_state(peft_model)
-    _, norm = train.train_update(peft_model.get_base_model(), [batch], optimizer, scaler, 1.0)
+    _, norm = update(peft_model, [batch], optimizer, scaler)
     assert not torch.isfinite(norm) and scaler.get_scale() == 2.0**39
     assert all(torch.equal(tensor, before[name]) for name, tensor in lora_state(peft_model).items())
 

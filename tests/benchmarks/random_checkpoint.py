@@ -18,10 +18,10 @@ import model as chatglm
 
 
 @torch.no_grad()
-def random_model(config, device):
-    """Every matrix normal with standard deviation 0.02, every norm one, every bias zero; fp16."""
+def random_model(config, device, dtype):
+    """Every matrix normal with standard deviation 0.02, every norm one, every bias zero."""
     with torch.device("meta"):
-        model = chatglm.ChatGLMForCausalLM(config).half()
+        model = chatglm.ChatGLMForCausalLM(config).to(dtype)
     model = model.to_empty(device=device)
     for name, param in model.named_parameters():
         if name.endswith("bias"):
@@ -58,7 +58,7 @@ def main():
     args.directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     config = chatglm.ChatGLMConfig(dtype="float16")
-    model = random_model(config, "cuda" if torch.cuda.is_available() else "cpu")
+    model = random_model(config, "cuda" if torch.cuda.is_available() else "cpu", torch.float16)
     save(model, args.directory, shards=7)
     config.save_pretrained(args.directory)
     shutil.copy(args.vocabulary, args.directory / "tokenizer.model")

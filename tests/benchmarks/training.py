@@ -1,0 +1,211 @@
+"""Measures this project's loop against transformers' Trainer on the same network, samples and device, in one run.
+
+    python tests/benchmarks/training.py --vocabulary tokenizer.model --data huanhuan.json --system "…"
+
+On CUDA the network has chatglm3-6b's shape; on a CPU that of the built-in model with the official vocabulary. Its weights
+are random. An update is 8 samples. Each configuration sees the same batches twice: first to warm up (compiling, capturing),
+then timed.
+"""
+
+import argparse
+import datetime
+import gc
+import platform
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+import transformers
+from random_checkpoint import random_model
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import data
+import model as chatglm
+import train
+
+LOOPS = {
+    "loop, eager, 4 × 2": "--no-cuda-graphs",
+    "loop, eager, 4 × 2, checkpointing": "--no-cuda-graphs --gradient-checkpointing all",
+    "loop, defaults, 4 × 2": "",
+    "loop, defaults, 8 × 1": "--batch-size 8 --gradient-accumulation-steps 1",
+    "loop, compiled, 8 × 1": "--batch-size 8 --gradient-accumulation-steps 1 --compile --no-cuda-graphs",
+    "loop, compiled, graphs, 8 × 1": "--batch-size 8 --gradient-accumulation-steps 1 --compile --cuda-graphs",
+}
+CPU_LOOPS = ("loop, defaults, 4 × 2", "loop, defaults, 8 × 1")
+TRAINERS = {"Trainer, padded to 512, checkpointing": (512, True), "Trainer, dynamic padding": (None, False)}
+
+
+def matmul_flops(device, dtype, size):
+    """The ceiling: FLOP/s of a large matrix product of random numbers."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = [timed(lambda: a @ b, device) for _ in range(8)]
+    return 2 * size**3 / min(seconds)
+
+
+def timed(work, device):
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_loop(base, dataset, arguments, updates):
+    """→ (seconds, samples, real tokens, padded tokens, checkpointed?, last loss) of `updates` updates after warm-up"""
+    args = train.parse_args(arguments)
+    torch.manual_seed(args.seed)
+    peft_model = chatglm.add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
+    model = peft_model.get_base_model().train()
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    start = time.perf_counter()
+    step = train.make_step(args, model, scaler, dataset)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.learning_rate, fused=model.device.type == "cuda")
+    batches = [batch for _, batch in islice(train.updates(dataset, args, model.device), updates)]
+
+    def run():
+        for micro_batches in batches:
+            loss, _ = train.train_update(step, micro_batches, optimizer, scaler, args.max_grad_norm)
+        return loss
+
+    first = run().item()
+    warm_up = time.perf_counter() - start
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = timed(run, model.device)
+    micro_batches = [micro for batch in batches for micro in batch]
+    checkpointed = model.transformer.encoder.checkpointed_layers > 0
+    result = dict(
+        seconds=seconds,
+        samples=sum(len(b["input_ids"]) for b in micro_batches),
+        tokens=sum(b["tokens"] for b in micro_batches),
+        padded=sum(b["input_ids"].numel() for b in micro_batches),
+        checkpointed=checkpointed,
+        note=f"warm-up {warm_up:.0f} s, loss {first:.3f}",
+    )
+    for layer in model.transformer.encoder.layers:
+        layer._compiled_call_impl = None
+    peft_model.unload()
+    return result
+
+
+def measure_trainer(base, dataset, pad_to, checkpointing, updates):
+    """The same for Trainer, as the tutorial uses it: 4 × 2 samples in the dataset's shuffled order."""
+    args = train.parse_args(["--model", "base"])
+    peft_model = chatglm.add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
+    model = peft_model.get_base_model()
+    model.accepts_loss_kwargs = False
+    model.transformer.encoder.checkpointed_layers = len(model.transformer.encoder.layers) * checkpointing
+    count = dict(samples=0, tokens=0, padded=0)
+
+    def collate(samples):
+        length = pad_to or max(len(ids) for ids, _ in samples)
+        count["samples"] += len(samples)
+        count["tokens"] += sum(len(ids) for ids, _ in samples)
+        count["padded"] += length * len(samples)
+        rows = [
+            [torch.nn.functional.pad(t, (0, length - len(t)), value=v) for t, v in zip(s, (0, -100), strict=True)]
+            for s in samples
+        ]
+        return dict(zip(("input_ids", "labels"), map(torch.stack, zip(*rows, strict=True)), strict=True))
+
+    class Clock(transformers.TrainerCallback):
+        warm_up = 3
+
+        def on_step_end(self, training_args, state, control, **kwargs):
+            if state.global_step == self.warm_up:
+                synchronize(model.device)
+                count.update(samples=0, tokens=0, padded=0)
+                self.start = time.perf_counter()
+
+    clock = Clock()
+    trainer = transformers.Trainer(
+        model=peft_model,
+        train_dataset=dataset,
+        data_collator=collate,
+        callbacks=[clock],
+        args=transformers.TrainingArguments(
+            output_dir="unused",
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=updates + clock.warm_up,
+            learning_rate=args.learning_rate,
+            fp16=model.dtype == torch.float16,
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=model.device.type == "cpu",
+        ),
+    )
+    trainer.train()
+    synchronize(model.device)
+    result = dict(count, seconds=time.perf_counter() - clock.start, checkpointed=checkpointing, note="")
+    result["samples"] = updates * 8  # the loader collates ahead of the last step
+    peft_model.unload()
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocabulary", type=Path, required=True, help="the official tokenizer.model")
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--system")
+    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--only", help="measure the configurations whose name contains this")
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    config = chatglm.ChatGLMConfig() if cuda else chatglm.ChatGLMConfig.from_pretrained(str(chatglm.TINY))
+    config.padded_vocab_size = 65024
+    dtype = torch.float16 if cuda else torch.float32
+    torch.manual_seed(0)
+    base = random_model(config, device, dtype)
+    weights = sum(p.numel() for p in base.parameters()) - base.get_input_embeddings().weight.numel()
+    dataset = data.ConversationDataset(args.data, data.ChatGLMTokenizer(args.vocabulary.parent), 512, args.system)
+    ceiling = matmul_flops(device, dtype, 8192 if cuda else 1024)
+    name = (
+        torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(f"{datetime.date.today()}, {name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(
+        f"{weights:,} random weights besides the embedding, {str(dtype)[6:]}; matrix product {ceiling / 1e12:.2f} TFLOP/s\n"
+    )
+    print("| | samples/s | tokens/s | padding | peak GiB | of ceiling | |\n|---|---|---|---|---|---|---|")
+    runs = {
+        n: lambda f=f: measure_loop(base, dataset, ["--model", "base", *f.split()], args.updates)
+        for n, f in LOOPS.items()
+    }
+    runs |= {n: lambda a=a: measure_trainer(base, dataset, *a, min(args.updates, 20)) for n, a in TRAINERS.items()}
+    for name, measure in runs.items():
+        if (args.only or "") not in name or (not cuda and name in LOOPS and name not in CPU_LOOPS):
+            continue
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        r = measure()
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else ""
+        flops = r["padded"] * weights * (6 if r["checkpointed"] else 4)
+        print(
+            f"| {name} | {r['samples'] / r['seconds']:.1f} | {r['tokens'] / r['seconds']:,.0f} | {1 - r['tokens'] / r['padded']:.0%} "
+            f"| {peak} | {flops / r['seconds'] / ceiling:.0%} | {r['note']} |",
+            flush=True,
+        )
+        gc.collect()
+        torch._dynamo.reset()
+        if cuda:
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

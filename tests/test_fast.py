@@ -1,0 +1,91 @@
+"""The fast paths give the plain path's run."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_samples, write_jsonl
+
+import data
+import model as chatglm
+import train
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def run_training(directory, *flags, device="cpu"):
+    """20 updates of the built-in model → (losses, the adapter's bytes)"""
+    arguments = ["--output-dir", directory, "--device", device, "--max-steps", 20, "--logging-steps", 1, *flags]
+    train.main([str(argument) for argument in arguments])
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 20
+    return torch.tensor([line["loss"] for line in lines]), (directory / "adapter_model.safetensors").read_bytes()
+
+
+def test_partial_checkpointing_on_a_cpu_is_bit_equal(tmp_path):
+    plain = run_training(tmp_path / "plain", "--lora-dropout", 0.1)
+    for blocks in (2, "all"):
+        losses, adapter = run_training(
+            tmp_path / str(blocks), "--lora-dropout", 0.1, "--gradient-checkpointing", blocks
+        )
+        assert torch.equal(losses, plain[0]) and adapter == plain[1]
+
+
+def test_compiled_blocks_on_a_cpu(tmp_path):
+    plain, compiled = run_training(tmp_path / "plain")[0], run_training(tmp_path / "compiled", "--compile")[0]
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+
+def test_the_loss_in_chunks_is_the_loss(base, monkeypatch):
+    peft_model = chatglm.add_lora(base, 4, 8, 0.0, ["query_key_value"], ["output_layer"])
+    batch = data.collate(random_samples([200, 260, 300], 512))
+    results = []
+    for chunk in (10**6, 128, 100):
+        monkeypatch.setattr(chatglm, "LOSS_CHUNK", chunk)
+        peft_model.zero_grad()
+        loss = base.summed_loss(*(batch[name] for name in train.TENSORS))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in peft_model.parameters() if p.requires_grad)])
+    for other in results[1:]:
+        for mine, wanted in zip(other, results[0], strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-4)
+    assert results[0][0] > 1000
+
+
+@cuda
+def test_graph_replay_is_bit_equal_to_eager(tmp_path):
+    eager = run_training(tmp_path / "eager", "--no-cuda-graphs", device="cuda")
+    graphs = run_training(tmp_path / "graphs", "--cuda-graphs", device="cuda")
+    assert torch.equal(graphs[0], eager[0]) and graphs[1] == eager[1]
+
+
+@cuda
+def test_compiled_graphs_follow_eager(tmp_path):
+    eager = run_training(tmp_path / "eager", "--no-cuda-graphs", device="cuda")[0]
+    compiled = run_training(tmp_path / "compiled", "--compile", "--no-cuda-graphs", device="cuda")
+    graphs = run_training(tmp_path / "graphs", "--compile", "--cuda-graphs", device="cuda")
+    torch.testing.assert_close(compiled[0], eager, rtol=1e-2, atol=0)
+    assert torch.equal(graphs[0], compiled[0]) and graphs[1] == compiled[1]
+
+
+@cuda
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_dropout_differs_from_replay_to_replay(tmp_path, flags):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "a", "output": "b c d"}] * 8)
+    common = ["--data", file, "--lora-dropout", 0.5, "--cuda-graphs", *flags]
+    losses, _ = run_training(tmp_path / "out", *common, "--learning-rate", 1e-3, device="cuda")
+    assert len(set(losses.diff().tolist())) > 10
+    untrained, _ = run_training(tmp_path / "still", *common, "--learning-rate", 0, device="cuda")
+    assert len(set(untrained.tolist())) == 1  # B is zero: dropout on LoRA's input changes nothing yet
+
+
+@cuda
+def test_out_of_memory_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    def step(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "micro_step", step)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--output-dir", str(tmp_path / "out"), "--device", "cuda"])
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert "try a smaller --batch-size" in capsys.readouterr().err
