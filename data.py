@@ -35,13 +35,13 @@ class ChatGLMTokenizer:
     SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(f"<|{role}|>" for role in ROLES))
 
     def __init__(self, path):
-        file = Path(path) / "tokenizer.model"
         try:
-            if not file.is_file():
-                file = cached_file(str(path), "tokenizer.model")
+            is_here = Path(path).is_dir()
+            file = Path(path, "tokenizer.model") if is_here else cached_file(str(path), "tokenizer.model")
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: cannot read its vocabulary, tokenizer.model: {error}") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path}: cannot read the vocabulary, its tokenizer.model: {reason}") from error
         first = self.pieces.get_piece_size()
         self.special = {name: first + i for i, name in enumerate(self.SPECIAL)}
         self.names = {id: name for name, id in self.special.items()}
@@ -50,9 +50,17 @@ class ChatGLMTokenizer:
         self.newline_id = self.pieces.piece_to_id("<0x0A>")
         self.stop_ids = (self.eos_id, self.special["<|user|>"], self.special["<|observation|>"])
 
+    def check_fits(self, rows):
+        """Raises ValueError if an embedding of `rows` rows lacks some of the ids."""
+        if self.vocab_size > rows:
+            raise ValueError(f"tokenizer.model has {self.vocab_size} ids, the model's embedding only {rows}")
+
     def encode(self, text):
-        """Ordinary pieces only: "<|user|>" in a text stays text."""
-        return self.pieces.encode(text)
+        """Ordinary pieces only: "<|user|>" in a text stays text. Raises ValueError for what is not Unicode."""
+        try:
+            return self.pieces.encode(text)
+        except RuntimeError as error:  # a command line's bytes that are not UTF-8 arrive as halves of surrogate pairs
+            raise ValueError(f"{text!r} is not valid UTF-8") from error
 
     def decode(self, ids):
         """Special ids appear by name. Ids past the vocabulary (the model's is padded) and </s> give nothing."""
@@ -136,7 +144,7 @@ def read_conversations(path):
             conversations.append((place, messages))
         faults += [f"{place}: {what}" for what in found]
     if not conversations and not faults:
-        faults = [f"{path}: the file is empty; it needs at least one record"]
+        faults = [f"{path}: the file is empty: it has no records"]
     if faults:
         more = f"{path}: and {len(faults) - 20} more" if len(faults) > 20 else None
         raise DataError("\n".join([*faults[:20], *([more] if more else [])]))
@@ -162,11 +170,10 @@ def _records(path):
             for number, record in enumerate(records, 1):
                 yield f"{path}: record {number}", record, None
         return
-    lines = text.split("\n")
-    if len(lines) > 1 and _parse(lines[0])[2] and not _parse(text)[2]:
+    if "\n" in text.strip() and _parse(text.strip().split("\n")[0])[2] and not _parse(text)[2]:
         yield f"{path}:1", None, "one object over several lines; use a list of objects, or one object a line"
         return
-    for number, content in enumerate(lines, 1):
+    for number, content in enumerate(text.split("\n"), 1):
         if content.strip():
             record, _, fault = _parse(content)
             yield f"{path}:{number}", record, fault
@@ -201,7 +208,10 @@ def _messages(record, faults):
     if not isinstance(messages, list):
         faults.append(f"'conversations' must be a list of messages, not {_kind(messages)}")
         return []
-    before = "start"
+    if not messages:
+        faults.append("'conversations' has no messages")
+        return []
+    before = "the start"
     for number, message in enumerate(messages, 1):
         found = []
         if not isinstance(message, dict):
@@ -214,11 +224,13 @@ def _messages(record, faults):
                 found.append(f"unknown role {role!r}; roles are {', '.join(ROLES)}")
             elif role not in MAY_FOLLOW[before]:
                 found.append(f"wrong order of roles: {role} after {before}; expected {' or '.join(MAY_FOLLOW[before])}")
-            if role == "assistant" and not message["content"].strip():
-                found.append("empty answer: the assistant's content has no text")
+            if role in ("user", "assistant") and not message["content"].strip():
+                found.append(
+                    f"empty {'answer' if role == 'assistant' else 'question'}: the {role}'s content has no text"
+                )
             if "\n" in message.get("metadata", ""):
                 found.append("'metadata' must be one line")
-            before = role if role in ROLES else "start"
+            before = role
         faults += [f"message {number}: {what}" for what in found]
         if found:
             return []
@@ -227,8 +239,19 @@ def _messages(record, faults):
     return messages
 
 
+# Keys of other formats, and what says the same here.
+FOREIGN_KEYS = {
+    "from": "role",
+    "value": "content",
+    "messages": "conversations",
+    "history": "conversations",
+    "system": "--system, or conversations",
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+}
 MAY_FOLLOW = {
-    "start": ("system", "user"),
+    "the start": ("system", "user"),
     "system": ("user",),
     "user": ("assistant",),
     "assistant": ("user", "observation", "assistant"),
@@ -245,9 +268,12 @@ def _check_keys(record, required, optional, faults):
                 faults.append(f"{key!r} must be a string, not {_kind(record[key])}")
             elif re.search("[\ud800-\udfff]", record[key]):
                 faults.append(f"{key!r} has half of a surrogate pair, which is not a character")
+        elif key in FOREIGN_KEYS:
+            faults.append(f"the key {key!r} is not read; use {FOREIGN_KEYS[key]}")
+            absent = []  # another format: what it lacks of ours follows from that
         elif close := difflib.get_close_matches(key, absent, n=1, cutoff=0.75):
             faults.append(f"unknown key {key!r}; did you mean {close[0]!r}?")
-            absent.remove(close[0])
+            absent = [other for other in absent if other != close[0] and close[0] != "conversations"]
     for key in required:
         if key in absent:
             there = ", ".join(map(repr, list(record)[:8])) or "none"

@@ -6,23 +6,26 @@ python infer.py --adapter output/ChatGLM --prompt "你是谁？" --no-adapter   
 
 import argparse
 import json
+import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
-import transformers
 
 import data
 import model as chatglm
 
+ADAPTER = "output/ChatGLM"  # where train.py writes
+
 
 def parse_args(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage="%(prog)s --prompt TEXT [options]", formatter_class=formatter
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     group = parser.add_argument_group("model")
-    group.add_argument("--adapter", default="output/ChatGLM", metavar="DIR", help="what train.py wrote")
+    group.add_argument("--adapter", default=ADAPTER, metavar="DIR", help="what train.py wrote")
     group.add_argument(
         "--model", help="directory or hub id of the base; without it, the one the adapter was trained on"
     )
@@ -39,8 +42,17 @@ def parse_args(argv=None):
     group.add_argument("--top-p", type=float, default=0.8, help="draw from the likeliest tokens that add up to this")
     group.add_argument("--seed", type=int, help="makes what is drawn repeatable")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or args.temperature <= 0 or not 0 < args.top_p <= 1:
-        parser.error("--max-new-tokens and --temperature must be more than 0, --top-p in (0, 1]")
+    for name, low, high in (
+        ("max_new_tokens", 1, 2**20),
+        ("temperature", 0.01, 100),
+        ("top_p", 1e-6, 1),
+        ("seed", 0, 2**63 - 1),
+    ):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"argument --{name.replace('_', '-')}: must be between {low} and {high}, not {value}")
+    if not args.prompt.strip():
+        parser.error("argument --prompt: it is empty")
     return args
 
 
@@ -78,11 +90,15 @@ def stream(tokenizer, ids):
     yield data.split_answer(tokenizer, seen)[1][shown:]
 
 
-def read_json(file):
+def read_json(file, name):
+    """The string or null that a JSON object gives for `name`."""
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot read it: {error}") from error
+        value = json.loads(file.read_text("utf-8")).get(name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} must be a string")
+        return value
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); copy the adapter again, or train it again") from error
 
 
 def find_base(adapter_dir):
@@ -90,7 +106,7 @@ def find_base(adapter_dir):
     file = Path(adapter_dir, "adapter_config.json")
     if not file.exists():
         raise ValueError(f"{adapter_dir}: no adapter here; run train.py first, or give --adapter DIR")
-    name = read_json(file).get("base_model_name_or_path")
+    name = read_json(file, "base_model_name_or_path")
     if not name:
         raise ValueError(f"{file}: it names no base; give --model DIR_OR_HUB_ID")
     beside = Path(adapter_dir, name)
@@ -98,42 +114,50 @@ def find_base(adapter_dir):
 
 
 def set_up(args):
-    """→ (model, tokenizer, system message). Raises ValueError or OSError with a message for the user."""
-    untrained = args.no_adapter and not Path(args.adapter, "adapter_config.json").exists()
+    """→ (model, tokenizer, the prompt's ids, how many tokens may follow). The adapter is merged into the base, whose dtype
+    rounds it: in fp16 the logits differ in the third digit. Raises ValueError or OSError with a message for the user."""
+    untrained = args.no_adapter and args.adapter == ADAPTER and not Path(ADAPTER, "adapter_config.json").exists()
     path = chatglm.find_model(args.model or (None if untrained else find_base(args.adapter)))
     if path == str(chatglm.TINY):
-        print("The built-in tiny model, random weights. For the real job: train.py --model …", file=sys.stderr)
+        print(
+            "The built-in tiny model, random weights. For the real job: train.py --model DIR_OR_HUB_ID", file=sys.stderr
+        )
     tokenizer = data.ChatGLMTokenizer(path)
+    trained_with = Path(args.adapter, "training_args.json")
+    system = args.system
+    if system is None and trained_with.exists():
+        system = read_json(trained_with, "system")
+    messages = data.with_system([{"role": "user", "content": args.prompt}], system)
+    prompt_ids = data.encode_prompt(tokenizer, messages)
     model = chatglm.load_model(path, args.device, args.dtype)
+    tokenizer.check_fits(model.config.padded_vocab_size)
+    room = model.config.seq_length - len(prompt_ids)
+    if room < 1:
+        raise ValueError(f"the prompt has {len(prompt_ids)} tokens; this model takes {model.config.seq_length}")
     if not args.no_adapter:
         model = chatglm.load_adapter(model, args.adapter).merge_and_unload().to(model.dtype).eval()
-    system = args.system
-    trained_with = Path(args.adapter, "training_args.json")
-    if system is None and trained_with.exists():
-        system = read_json(trained_with).get("system")
-    return model, tokenizer, system
+    return model, tokenizer, prompt_ids, min(room, args.max_new_tokens)
 
 
 def main(argv=None):
     args = parse_args(argv)
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
-    warnings.filterwarnings("ignore", module="transformers|peft")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    chatglm.quiet_libraries()
     try:
-        model, tokenizer, system = set_up(args)
-        messages = data.with_system([{"role": "user", "content": args.prompt}], system)
-        prompt_ids = data.encode_prompt(tokenizer, messages)
+        model, tokenizer, prompt_ids, room = set_up(args)
     except (ValueError, OSError) as error:
         sys.stderr.writelines(f"infer.py: error: {line}\n" for line in str(error).splitlines())
         sys.exit(2)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     choose = torch.argmax if args.greedy else lambda logits: sample(logits, args.temperature, args.top_p)
-    for text in stream(tokenizer, generate(model, prompt_ids, args.max_new_tokens, tokenizer.stop_ids, choose)):
+    for text in stream(tokenizer, generate(model, prompt_ids, room, tokenizer.stop_ids, choose)):
         print(text, end="", flush=True)
     print()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # whoever read the answer has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,17 +8,18 @@ Shapes: B batch, T tokens, C hidden size, H query heads, G key/value groups, D c
 
 import copy
 import difflib
-import json
+import logging
 import os
-import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
@@ -29,8 +30,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class ChatGLMConfig(PretrainedConfig):
-    """The keys of the official config.json; the defaults are chatglm3-6b's. Keys of the file that are not here
-    (auto_map among them) are kept but never acted on."""
+    """The keys of the official config.json that this network reads; the defaults are chatglm3-6b's. From a file, the
+    shape must be given whole, and other keys (auto_map, names of kernels to fetch, …) are dropped: none is acted on."""
 
     model_type = "chatglm"
     attribute_map = {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size"}
@@ -43,30 +44,37 @@ class ChatGLMConfig(PretrainedConfig):
     kv_channels: int = 128
     padded_vocab_size: int = 65024
     seq_length: int = 8192
-    rope_ratio: float = 1.0
     layernorm_epsilon: float = 1e-5
+    rope_ratio: float = 1.0
     add_qkv_bias: bool = True
-    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02  # of the built-in model only
     # The official code has a switch for each of these; every ChatGLM3 checkpoint sets them so.
     multi_query_attention: bool = True
     rmsnorm: bool = True
     post_layer_norm: bool = True
     add_bias_linear: bool = False
     apply_residual_connection_post_layernorm: bool = False
+    fp32_residual_connection: bool = False
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
 
-
-FIXED_SWITCHES = (
-    "multi_query_attention",
-    "rmsnorm",
-    "post_layer_norm",
-    "add_bias_linear",
-    "apply_residual_connection_post_layernorm",
-    "hidden_dropout",
-    "attention_dropout",
-    "tie_word_embeddings",
-)
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Raises ValueError for a key of the shape that is missing, a value of the wrong kind, another architecture."""
+        names = [name for name in cls.__annotations__ if isinstance(getattr(cls, name), int | float)]
+        for name in names:
+            wanted = getattr(cls, name)
+            value = config_dict.get(name, None if type(wanted) is int else wanted)
+            kinds = {bool: bool, int: int, float: (int, float)}[type(wanted)]
+            if not isinstance(value, kinds) or (type(wanted) is not bool and isinstance(value, bool)):
+                raise ValueError(f"config.json: {name} is {value!r}, not a {type(wanted).__name__}")
+            if (type(wanted) is int or name in ("layernorm_epsilon", "rope_ratio")) and value <= 0:
+                raise ValueError(f"config.json: {name} is {value!r}; it must be more than 0")
+            if names.index(name) >= names.index("multi_query_attention") and value != wanted:
+                raise ValueError(f"config.json: {name} is {value!r}; ChatGLM3 needs {wanted!r}")
+        kept = [*names, "architectures", "torch_dtype", "dtype"]
+        return super().from_dict({name: config_dict[name] for name in kept if name in config_dict}, **kwargs)
 
 
 class RMSNorm(nn.Module):
@@ -185,7 +193,8 @@ class Transformer(nn.Module):
         x = self.embedding.word_embeddings(input_ids)
         end = start + input_ids.shape[1]
         if len(self.rope) < end or self.rope.device != x.device:
-            self.rope = rope_table(max(end, 2048), self.rope_dim, self.rope_base, x.device)
+            with torch.inference_mode(False):  # made while decoding, it must still serve a training step
+                self.rope = rope_table(max(2 * end, 2048), self.rope_dim, self.rope_base, x.device)
         return self.encoder(x, self.rope[start:end].to(x.dtype), cache, start)
 
 
@@ -197,11 +206,6 @@ class ChatGLMForCausalLM(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # in the official files; recomputed in fp32
 
     def __init__(self, config):
-        for name in FIXED_SWITCHES:
-            if getattr(config, name) != getattr(ChatGLMConfig, name):
-                raise ValueError(
-                    f"config.json: {name} is {getattr(config, name)!r}; ChatGLM3 needs {getattr(ChatGLMConfig, name)!r}"
-                )
         super().__init__(config)
         self.transformer = Transformer(config)
         self.prepare_inputs_for_generation = None  # peft looks it up on every causal language model
@@ -226,15 +230,8 @@ class ChatGLMForCausalLM(PreTrainedModel):
         path = str(pretrained_model_name_or_path)
         try:
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-            json.JSONDecodeError,
-            pickle.UnpicklingError,
-            EOFError,
-        ) as error:
-            raise ValueError(f"{path}: cannot load this model: {error}") from error
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            raise ValueError(f"{path}: cannot load this model: {brief(error)}") from error
         faults = [f"missing {name}" for name in sorted(info["missing_keys"])]
         faults += [f"{name} has shape {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
         faults += [f"unknown {name}" for name in sorted(info["unexpected_keys"])]
@@ -246,7 +243,7 @@ class ChatGLMForCausalLM(PreTrainedModel):
         """input_ids [B, T] → .logits [B, T, V]; with labels [B, T], .loss: the mean cross-entropy, in fp32, over labels
         that are not -100. Labels align with input_ids; the shift is made here. Batches are padded on the right and need
         no mask: an `attention_mask` [B, T] is only checked to be that of a right-padded batch (ValueError if not)."""
-        if passed := [name for name, value in unused.items() if value not in (None, False, True)]:
+        if passed := [name for name, value in unused.items() if value is not None and not isinstance(value, bool)]:
             raise ValueError(f"ChatGLMForCausalLM.forward does not take {', '.join(passed)}")
         if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
             raise ValueError("attention_mask must be that of a right-padded batch: ones, then zeros")
@@ -284,14 +281,14 @@ TINY = Path(__file__).parent / "dataset" / "tiny"
 
 
 def tiny_model():
-    """The directory of the built-in model: ChatGLM3's architecture with 3.6 million random weights, made at first use."""
+    """The directory of the built-in model: ChatGLM3's architecture with 3.7 million random weights, made at first use."""
     file = TINY / "model.safetensors"
     if not file.exists():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = ChatGLMForCausalLM(ChatGLMConfig.from_pretrained(str(TINY)))
-        part = file.with_suffix(f".{os.getpid()}")
-        save_file(model.state_dict(), part, metadata={"format": "pt"})
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_bytes(safetensors_bytes(model.state_dict(), metadata={"format": "pt"}))
         os.replace(part, file)
     return str(TINY)
 
@@ -301,11 +298,11 @@ def find_model(path):
     the name by which an adapter remembers its base. Raises ValueError if it is neither."""
     if path is None:
         return tiny_model()
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():
         return str(Path(path).resolve())
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
-        raise ValueError(f"{path}: no such directory (and not a hub id)")
-    return str(path)
+    if Path(path).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        raise ValueError(f"{path!r} is neither a directory nor a hub id; --model takes the directory of a checkpoint")
+    return path
 
 
 def load_model(path, device="auto", dtype="auto"):
@@ -320,8 +317,21 @@ def load_model(path, device="auto", dtype="auto"):
     return ChatGLMForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], device_map=device)
 
 
-def _first(faults, most=8):
+def _first(faults, most=3):
     return "; ".join(faults[:most]) + (f"; and {len(faults) - most} more" if len(faults) > most else "")
+
+
+def brief(error):
+    """The first line of a library's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def quiet_libraries():
+    """For the commands: transformers, peft and the hub keep their progress bars, retries and hints to themselves."""
+    warnings.filterwarnings("ignore", module="transformers|peft")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -333,13 +343,24 @@ def add_lora(model, r, alpha, dropout, target_modules, modules_to_save=None):
     target_modules: a list of module names, or one regular expression (a str) that whole module paths match;
     modules_to_save: names of modules to train whole. Raises ValueError for a name that matches no module.
     """
-    names = [name for name, _ in model.named_modules()]
-    for wanted in [*(target_modules if not isinstance(target_modules, str) else []), *(modules_to_save or [])]:
-        if not any(name == wanted or name.endswith("." + wanted) for name in names):
-            last = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""})
-            close = difflib.get_close_matches(wanted, last, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(last)}"
+    regex = isinstance(target_modules, str)
+    modules = dict(model.named_modules())
+    for wanted in [target_modules] if regex else [*target_modules, *(modules_to_save or [])]:
+        try:
+            found = [
+                name for name in modules if (re.fullmatch(wanted, name) if regex else f".{name}".endswith(f".{wanted}"))
+            ]
+        except re.error as error:
+            raise ValueError(f"target modules {wanted!r} is not a regular expression: {error}") from error
+        if not found:
+            leaves = sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()})
+            close = difflib.get_close_matches(wanted, leaves, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(leaves)}"
             raise ValueError(f"no module of the model is named {wanted!r}; {hint}")
+        if wanted not in (modules_to_save or []):
+            for name in found:
+                if not isinstance(modules[name], nn.Linear | nn.Embedding):
+                    raise ValueError(f"target modules {wanted!r}: {name} is no linear layer, which LoRA needs")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
@@ -348,10 +369,7 @@ def add_lora(model, r, alpha, dropout, target_modules, modules_to_save=None):
         target_modules=target_modules,
         modules_to_save=modules_to_save,
     )
-    try:
-        return _trainable_in_fp32(get_peft_model(model, config))
-    except re.error as error:
-        raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
+    return _trainable_in_fp32(get_peft_model(model, config))
 
 
 def _trainable_in_fp32(peft_model):
@@ -369,7 +387,8 @@ def save_adapter(peft_model, directory):
     # save_embedding_layers=False: peft would otherwise ask the hub whether the vocabulary was resized.
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(state, os.path.join(directory, "adapter_model.safetensors"), metadata={"format": "pt"})
+    file = Path(directory, "adapter_model.safetensors")
+    file.write_bytes(safetensors_bytes(state, metadata={"format": "pt"}))  # save_file would make it the owner's alone
     config = copy.copy(peft_model.peft_config["default"])
     config.inference_mode = True
     for name in ("target_modules", "modules_to_save"):
@@ -392,14 +411,15 @@ def load_adapter(model, adapter_dir, is_trainable=False):
         raise ValueError(f"{directory}: no adapter here (adapter_config.json and adapter_model.safetensors)")
     try:
         config = PeftConfig.from_pretrained(str(directory))
+        if not isinstance(config, LoraConfig) or config.megatron_config:  # which would import a module that it names
+            raise ValueError(f"it is not plain LoRA but {config.peft_type}")
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        state = {name: tensor.float() for name, tensor in state.items()}
+        config.inference_mode = not is_trainable
+        config.base_model_name_or_path = model.name_or_path
+        peft_model = get_peft_model(model, config)
     except Exception as error:  # whatever a damaged file makes the readers raise
-        raise ValueError(f"{directory}: cannot read this adapter: {error}") from error
-    if not isinstance(config, LoraConfig) or config.megatron_config:  # megatron_config would import a module it names
-        raise ValueError(f"{directory}: this adapter is not plain LoRA (its type is {config.peft_type})")
-    config.inference_mode = not is_trainable
-    config.base_model_name_or_path = model.name_or_path
-    peft_model = get_peft_model(model, config)
+        raise ValueError(f"{directory}: cannot read this adapter: {brief(error)}") from error
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     faults = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
     faults += [f"unknown {name}" for name in sorted(state.keys() - expected.keys())]
@@ -409,6 +429,6 @@ def load_adapter(model, adapter_dir, is_trainable=False):
         if state[name].shape != expected[name].shape
     ]
     if faults:
-        raise ValueError(f"{directory}: the adapter does not fit this model: {_first(faults)}")
+        raise ValueError(f"{directory}: this adapter was not trained on this model: {_first(faults)}")
     set_peft_model_state_dict(peft_model, state)
     return _trainable_in_fp32(peft_model).train(is_trainable)

@@ -5,6 +5,7 @@ python train.py --model THUDM/chatglm3-6b --data huanhuan.json --system "…"  #
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -14,13 +15,10 @@ import shutil
 import sys
 import textwrap
 import time
-import warnings
 from functools import partial
-from itertools import count, islice
 from pathlib import Path
 
 import torch
-import transformers
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -38,17 +36,24 @@ TINY_PRESET = dict(
 
 
 def parse_args(argv=None):
-    def at_least(low, kind=int):
-        def number(text):
+    def number(low, high=10**9, kind=int):
+        def parse(text):
             value = kind(text)
-            if not low <= value < math.inf:
-                raise argparse.ArgumentTypeError(f"must be {low} or more, not {text}")
+            if not low <= value <= high:
+                raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
             return value
 
-        return number
+        parse.__name__ = "whole number" if kind is int else "number"  # for argparse's message
+        return parse
 
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    preset = ", ".join(f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in TINY_PRESET.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f"Without --model, the defaults are instead: {preset}.",
+        usage="%(prog)s [options]",
+        formatter_class=formatter,
+    )
     group = parser.add_argument_group("model and data")
     group.add_argument(
         "--model", help="directory or hub id of a ChatGLM3 checkpoint; without it, the built-in tiny model"
@@ -57,25 +62,31 @@ def parse_args(argv=None):
     group.add_argument("--system", metavar="TEXT", help="system message of conversations that have none")
     group.add_argument("--output-dir", default="output/ChatGLM", help="where the adapter and checkpoints go")
     group.add_argument(
-        "--max-length", type=at_least(8), default=512, help="tokens of a sample, prompt and answer together"
+        "--max-length", type=number(8), default=512, help="tokens of a sample, prompt and answer together"
     )
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=at_least(1), default=4, help="samples of a micro-batch")
-    group.add_argument("--gradient-accumulation-steps", type=at_least(1), default=2, help="micro-batches of an update")
-    group.add_argument("--epochs", type=at_least(1), default=3, help="passes over the data")
-    group.add_argument("--max-steps", type=at_least(1), help="stop after this many updates, whatever --epochs says")
-    group.add_argument("--learning-rate", type=at_least(0.0, float), default=1e-4, help="peak learning rate of AdamW")
+    group.add_argument("--batch-size", type=number(1), default=4, help="samples of a micro-batch")
+    group.add_argument("--gradient-accumulation-steps", type=number(1), default=2, help="micro-batches of an update")
+    group.add_argument("--epochs", type=number(1), default=3, help="passes over the data")
+    group.add_argument("--max-steps", type=number(1), help="stop after this many updates, whatever --epochs says")
+    group.add_argument(
+        "--learning-rate", type=number(0.0, 1e3, float), default=1e-4, help="peak learning rate of AdamW"
+    )
     group.add_argument(
         "--lr-schedule", choices=("linear", "cosine", "constant"), default="linear", help="after warm-up"
     )
-    group.add_argument("--warmup-steps", type=at_least(0), default=0, help="updates of linear warm-up")
-    group.add_argument("--weight-decay", type=at_least(0.0, float), default=0.0, help="of AdamW")
-    group.add_argument("--max-grad-norm", type=at_least(0.0, float), default=1.0, help="of gradients; 0: no clipping")
-    group.add_argument("--seed", type=at_least(0), default=42, help="of LoRA's start, dropout and the order of samples")
+    group.add_argument("--warmup-steps", type=number(0), default=0, help="updates of linear warm-up")
+    group.add_argument("--weight-decay", type=number(0.0, 1e6, float), default=0.0, help="of AdamW")
+    group.add_argument(
+        "--max-grad-norm", type=number(0.0, 1e6, float), default=1.0, help="of gradients; 0: no clipping"
+    )
+    group.add_argument("--seed", type=number(0), default=42, help="of LoRA's start, dropout and the order of samples")
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora-r", type=at_least(1), default=8, help="rank")
-    group.add_argument("--lora-alpha", type=at_least(0.0, float), default=32, help="the update is scaled by alpha / r")
-    group.add_argument("--lora-dropout", type=at_least(0.0, float), default=0.1, help="on LoRA's input")
+    group.add_argument("--lora-r", type=number(1, 4096), default=8, help="rank")
+    group.add_argument(
+        "--lora-alpha", type=number(0.0, 1e6, float), default=32, help="the update is scaled by alpha / r"
+    )
+    group.add_argument("--lora-dropout", type=number(0.0, 0.99, float), default=0.1, help="on LoRA's input")
     group.add_argument(
         "--target-modules",
         nargs="+",
@@ -94,7 +105,7 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--gradient-checkpointing",
-        type=lambda text: text if text in ("all", "off", "auto") else at_least(0)(text),
+        type=lambda text: text if text in ("all", "off", "auto") else number(0)(text),
         default="auto",
         metavar="all|off|N|auto",
         help="how many blocks recompute their activations in backward; auto: as few as memory allows",
@@ -107,15 +118,12 @@ def parse_args(argv=None):
         help="replay the micro-step instead of launching its kernels one by one; default: on CUDA, without checkpointing",
     )
     group = parser.add_argument_group("progress")
-    group.add_argument("--logging-steps", type=at_least(1), default=10, help="updates between lines of metrics.jsonl")
-    group.add_argument("--save-steps", type=at_least(1), default=100, help="updates between checkpoints")
+    group.add_argument("--logging-steps", type=number(1), default=10, help="updates between lines of metrics.jsonl")
+    group.add_argument("--save-steps", type=number(1), default=100, help="updates between checkpoints")
 
     if parser.parse_args(argv).model is None:
         parser.set_defaults(**TINY_PRESET)
-    args = parser.parse_args(argv)
-    if args.lora_dropout >= 1:
-        parser.error("argument --lora-dropout: must be less than 1")
-    return args
+    return parser.parse_args(argv)
 
 
 TENSORS = ("input_ids", "positions", "targets")  # of a micro-batch, what goes to the device
@@ -204,7 +212,7 @@ def train_update(step, micro_batches, optimizer, scaler, max_grad_norm):
 def updates(dataset, args, device):
     """Yields (epoch, the micro-batches of one update) without end."""
     size, split = args.batch_size * args.gradient_accumulation_steps, args.batch_size
-    for epoch in count():
+    for epoch in itertools.count():
         loader = DataLoader(
             dataset,
             batch_sampler=data.batch_order(dataset.lengths, size, args.seed, epoch),
@@ -289,34 +297,37 @@ def make_step(args, model, scaler, dataset):
 
 
 def save(peft_model, directory, args):
-    """The adapter, and the arguments it was trained with (infer.py reads the system message there), into `directory`."""
-    chatglm.save_adapter(peft_model, directory)
+    """Writes the adapter, and the arguments it was trained with (infer.py reads the system message there), to `directory`.
+    They are written beside it first and then renamed: a file, and a new directory, is there whole or not at all."""
+    part = directory.with_name(f"{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    chatglm.save_adapter(peft_model, part)
     text = json.dumps(vars(args), ensure_ascii=False, indent=2)
-    Path(directory, "training_args.json").write_text(text + "\n", "utf-8")
-
-
-def save_checkpoint(peft_model, output_dir, step, args):
-    final, part = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.part"
-    for old in (part, final):
-        shutil.rmtree(old, ignore_errors=True)
-    save(peft_model, part, args)
-    os.replace(part, final)  # a checkpoint is there whole or not at all
+    (part / "training_args.json").write_text(text + "\n", "utf-8")
+    if not directory.exists():
+        os.replace(part, directory)
+        return
+    for file in part.iterdir():
+        os.replace(file, directory / file.name)
+    part.rmdir()
 
 
 def set_up(args):
     """→ (peft model, tokenizer, dataset). Every mistake of the user's is found here, before anything is written: raises
     ValueError or OSError with a message for them."""
+    for text in (args.output_dir, args.system or "", *args.data):
+        text.encode()  # training_args.json keeps them: UnicodeEncodeError, a ValueError, for bytes that are not UTF-8
     there = next(p for p in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not args.output_dir or not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{args.output_dir}: cannot write there; choose another --output-dir")
     path = chatglm.find_model(args.model)
     tokenizer = data.ChatGLMTokenizer(path)
     dataset = data.ConversationDataset(args.data, tokenizer, args.max_length, args.system)
     start = time.perf_counter()
     model = chatglm.load_model(path, args.device, args.dtype)
-    size = model.config.padded_vocab_size
-    if tokenizer.vocab_size > size:
-        raise ValueError(f"{path}: its vocabulary has {tokenizer.vocab_size} ids, its embedding {size}")
+    tokenizer.check_fits(model.config.padded_vocab_size)
+    if args.max_length > model.config.seq_length:
+        raise ValueError(f"--max-length {args.max_length}: this model takes at most {model.config.seq_length} tokens")
     total = sum(p.numel() for p in model.parameters())
     took = time.perf_counter() - start
     print(f"model    {path}: {total:,} parameters, {str(model.dtype)[6:]} on {model.device}, loaded in {took:.1f} s")
@@ -333,16 +344,17 @@ def describe(args, peft_model, tokenizer, dataset, total_steps):
     lengths = sorted(dataset.lengths)
     total = sum(lengths)
     print(
-        f"data     {len(lengths):,} samples: {total:,} tokens, {dataset.supervised / total:.1%} of them learnt; ",
+        f"data     {len(lengths):,} samples: {total:,} tokens, {dataset.supervised / total:.1%} of them supervised; ",
         end="",
     )
     print(f"a sample has {total / len(lengths):.1f} (median {lengths[len(lengths) // 2]}, longest {lengths[-1]})")
     print(f"         longer than --max-length {args.max_length}: {dataset.cut} cut, {dataset.dropped} dropped")
-    print(f"sample   {dataset.places[0]}, learnt between ⟦ and ⟧:")
+    print(f"sample   {dataset.places[0]}, supervised between ⟦ and ⟧:")
     print(textwrap.indent(data.render(tokenizer, *(t.tolist() for t in dataset[0])), "         "))
     params = [p for p in peft_model.parameters() if p.requires_grad]
     print(f"trained  {sum(p.numel() for p in params):,} parameters in {len(params)} tensors: ", end="")
-    print(f"LoRA r {args.lora_r}, alpha {args.lora_alpha:g} on {' '.join(args.target_modules)}")
+    whole = f", and whole: {' '.join(args.modules_to_save)}" if args.modules_to_save else ""
+    print(f"LoRA r {args.lora_r}, alpha {args.lora_alpha:g} on {' '.join(args.target_modules)}{whole}")
     size = f"{args.batch_size} × {args.gradient_accumulation_steps} samples"
     print(f"updates  {total_steps:,}, each of {size}", flush=True)
 
@@ -352,9 +364,9 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     if args.model is None:
         print("The built-in tiny model, random weights. For the real job: --model DIR_OR_HUB_ID --data FILE")
-    warnings.filterwarnings("ignore", module="transformers|peft")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+        if args.device != "cuda" and not torch.cuda.is_available():
+            torch.set_num_threads(1)  # its matrices are too small to share; waiting for a busy core costs more
+    chatglm.quiet_libraries()
     try:
         peft_model, tokenizer, dataset = set_up(args)
         model = peft_model.get_base_model().train()  # the network itself, LoRA layers inside: no wrapper around it
@@ -377,41 +389,46 @@ def main(argv=None):
     metrics = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
     bar = tqdm(total=total_steps, unit="update", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
     # Sums since the last line of metrics; those on the device are read only there, because reading waits for the device.
-    window_loss, skipped, supervised, tokens, started = 0.0, 0, 0, 0, time.perf_counter()
+    window_loss, overflows, supervised, tokens, started = 0.0, 0, 0, 0, time.perf_counter()
     all_samples, all_tokens, training_started = 0, 0, started
 
-    for step, (epoch, micro_batches) in enumerate(islice(updates(dataset, args, device), total_steps), 1):
+    for step, (epoch, micro_batches) in enumerate(itertools.islice(updates(dataset, args, device), total_steps), 1):
         lr = learning_rate(step - 1, total_steps, args.learning_rate, args.warmup_steps, args.lr_schedule)
         optimizer.param_groups[0]["lr"] = lr
         loss, grad_norm = train_update(step_fn, micro_batches, optimizer, scaler, args.max_grad_norm)
 
-        learnt = sum(batch["supervised"] for batch in micro_batches)
-        window_loss += loss * learnt
-        supervised += learnt
+        count = sum(batch["supervised"] for batch in micro_batches)
+        window_loss += loss * count
+        supervised += count
         tokens += sum(batch["tokens"] for batch in micro_batches)
         all_samples += sum(len(batch["input_ids"]) for batch in micro_batches)
-        skipped += ~torch.isfinite(grad_norm)
+        overflows += ~torch.isfinite(grad_norm)
         bar.update()
-        if step % args.logging_steps == 0 or step == total_steps:
+        log, checkpoint = step % args.logging_steps == 0 or step == total_steps, step % args.save_steps == 0
+        if (log or checkpoint) and not scaler.is_enabled() and int(overflows):
+            bar.close()
+            sys.exit(f"train.py: update {step}: the loss is no longer a finite number; try a lower --learning-rate")
+        if log:
+            mean = float(window_loss) / supervised  # over the supervised tokens since the last line
             line = {
                 "step": step,
                 "epoch": epoch,
-                "loss": float(window_loss) / supervised,  # over the supervised tokens since the last line
-                "grad_norm": float(grad_norm),
+                "loss": mean if math.isfinite(mean) else None,
+                "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,  # None: this update overflowed
                 "learning_rate": lr,
                 "tokens": tokens,
                 "loss_scale": scaler.get_scale(),
-                "skipped": int(skipped),  # updates since the start that overflowed in fp16
+                "skipped": int(overflows),  # updates since the start that GradScaler skipped
             }
-            metrics.write(json.dumps(line) + "\n")
+            metrics.write(json.dumps(line, allow_nan=False) + "\n")
             metrics.flush()
             speed = tokens / (time.perf_counter() - started)
             overflow = {"skipped": line["skipped"]} if line["skipped"] else {}
-            bar.set_postfix({"loss": f"{line['loss']:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflow})
+            bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflow})
             all_tokens += tokens
             window_loss, supervised, tokens, started = 0.0, 0, 0, time.perf_counter()
-        if step % args.save_steps == 0:
-            save_checkpoint(peft_model, output_dir, step, args)
+        if checkpoint:
+            save(peft_model, output_dir / f"checkpoint-{step}", args)
 
     bar.close()
     metrics.close()
@@ -420,12 +437,15 @@ def main(argv=None):
     print(f"speed    {all_samples:,} samples in {took:.1f} s: ", end="")
     print(f"{all_samples / took:.1f} samples/s, {all_tokens / took:,.0f} tokens/s")
     if scaler.is_enabled():
-        print(f"         {int(skipped)} updates skipped because fp16 overflowed; loss scale now {scaler.get_scale():g}")
+        print(
+            f"         {int(overflows)} updates skipped because fp16 overflowed; loss scale now {scaler.get_scale():g}"
+        )
     if device.type == "cuda":
         print(f"         peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     adapter = "" if args.output_dir == "output/ChatGLM" else f" --adapter {shlex.quote(args.output_dir)}"
     print(f"saved    {output_dir}/adapter_model.safetensors; try it:")
-    print(f'         python infer.py{adapter} --prompt "你是谁？"')
+    infer = os.path.relpath(Path(__file__).with_name("infer.py"))
+    print(f'         python {infer}{adapter} --prompt "你是谁？"')
 
 
 if __name__ == "__main__":

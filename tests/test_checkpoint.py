@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import run
+from conftest import reference, run
 
 import data
 import infer
@@ -25,7 +25,16 @@ def test_it_loads_and_says_who_it_is():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_twenty_updates_lower_the_loss(tmp_path):
-    arguments = ["--epochs", 10, "--max-steps", 20, "--logging-steps", 1, "--learning-rate", 1e-3]
+    arguments = [
+        "--data",
+        reference("data/huanhuan.json"),
+        "--max-steps",
+        20,
+        "--logging-steps",
+        1,
+        "--learning-rate",
+        1e-3,
+    ]
     done = run("train.py", "--model", DIRECTORY, *arguments, "--output-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -83,6 +83,11 @@ def test_role_names_in_text_stay_text(tokenizer):
     assert not set(ids) & {0, 1, 2, *tokenizer.special.values()}
 
 
+def test_text_that_is_not_unicode(tokenizer):
+    with pytest.raises(ValueError, match="not valid UTF-8"):
+        tokenizer.encode("a\udcff")
+
+
 @pytest.mark.parametrize("text", ["", "你好👋", "  two  spaces ", "tab\tand\nnewline\r\n", "é 𝔘 日本語 🏳️‍🌈", "\x00"])
 def test_text_comes_back_from_its_ids(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -136,16 +141,22 @@ FAULTS = [
     (TURN | {"instruction": ""}, ":1: empty question"),
     (TURN | {"output": "\ud800"}, ":1: 'output' has half of a surrogate pair"),
     ({"conversations": "a"}, ":1: 'conversations' must be a list of messages, not a string"),
-    ({"conversations": []}, ":1: a conversation must end with an assistant's message, not start"),
+    ({"conversations": []}, ":1: 'conversations' has no messages"),
+    ({"conversation": []}, ":1: unknown key 'conversation'; did you mean 'conversations'?"),
+    ({"messages": []}, ":1: the key 'messages' is not read; use conversations"),
+    (TURN | {"history": []}, ":1: the key 'history' is not read; use conversations"),
+    ({"conversations": [{"from": "human"}]}, ":1: message 1: the key 'from' is not read; use role"),
+    ("\n" + json.dumps(TURN) + "\n", None),
     ({"conversations": ["a"]}, ":1: message 1: not an object but a string"),
     (talk(Q, A, A, Q, A), None),
     (talk(("system", "s"), Q, A, ("observation", "o"), A), None),
     (talk(Q), ":1: a conversation must end with an assistant's message, not user"),
     (talk(Q, Q, A), ":1: message 2: wrong order of roles: user after user; expected assistant"),
-    (talk(A), ":1: message 1: wrong order of roles: assistant after start; expected system or user"),
+    (talk(A), ":1: message 1: wrong order of roles: assistant after the start; expected system or user"),
     (talk(Q, A, ("system", "s")), ":1: message 3: wrong order of roles: system after assistant"),
     (talk(("human", "q"), A), ":1: message 1: unknown role 'human'; roles are system, user, assistant, observation"),
     (talk(Q, ("assistant", "")), ":1: message 2: empty answer"),
+    (talk(("user", " "), A), ":1: message 1: empty question"),
     (talk(Q, A, metadata="a\nb"), ":1: message 1: 'metadata' must be one line"),
     (talk(Q, A, metadata=1), ":1: message 1: 'metadata' must be a string, not a number"),
     (
@@ -240,7 +251,7 @@ def test_order():
     batches = data.batch_order(lengths, 8, seed=42, epoch=0)
     assert sorted(i for batch in batches for i in batch) == list(range(1003))
     assert sorted(map(len, batches)) == [3] + [8] * 125
-    assert batches[0] == [964, 844, 364, 324, 604, 444, 924, 204]  # so on every machine: a resumed run depends on it
+    assert batches[0] == [964, 844, 364, 324, 604, 444, 924, 204]  # so on every machine
     assert batches != data.batch_order(lengths, 8, 42, 1) and batches != data.batch_order(lengths, 8, 43, 0)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     assert sum(lengths) / padded > 0.95

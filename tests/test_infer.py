@@ -1,10 +1,12 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, run, write_jsonl
+from conftest import FIXTURES, ROOT, run, write_jsonl
 
 import data
 import infer
@@ -130,31 +132,51 @@ def test_infer_command(trained):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_reader_that_leaves_early_is_no_error(trained):
+    adapter, device = trained
+    command = f"{sys.executable} {ROOT / 'infer.py'} --adapter {adapter} --device {device} --prompt hello | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8", timeout=300)
+    assert "Traceback" not in done.stderr
+
+
 def test_the_system_message_of_training_is_used(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "output": "a"}])
     done = run("train.py", "--data", file, "--system", "甲", "--max-steps", 1, "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for given, wanted in (([], "甲"), (["--system", "乙"], "乙"), (["--system", ""], "")):
+    for given, wanted in (
+        ([], "<|system|>\n 甲<|user|>"),
+        (["--system", "乙"], "<|system|>\n 乙<|user|>"),
+        (["--system", ""], "sop<|user|>"),
+    ):
         arguments = infer.parse_args(["--prompt", "q", "--adapter", str(tmp_path / "out"), "--device", "cpu", *given])
-        assert infer.set_up(arguments)[2] == wanted
+        _, tokenizer, prompt_ids, room = infer.set_up(arguments)
+        assert wanted in tokenizer.decode(prompt_ids) and room == 128
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--adapter", "nowhere"], "nowhere: no adapter here"),
-        (["--adapter", "moved"], "gone: no such directory"),
+        (["--adapter", "moved"], "'/gone' is neither a directory nor a hub id"),
         (["--adapter", "damaged"], "damaged: cannot read this adapter"),
-        (["--adapter", "other"], "the adapter does not fit this model"),
-        (["--top-p", "0"], "--top-p in (0, 1]"),
-        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--adapter", "other"], "this adapter was not trained on this model"),
+        (["--adapter", "nowhere", "--no-adapter"], "nowhere: no adapter here"),
+        (["--adapter", "noted"], "training_args.json: damaged"),
+        (["--no-adapter", "--system", "\udcff"], "is not valid UTF-8"),
+        (["--no-adapter", "--system", "long " * 2000], "this model takes 1024"),
+        (["--top-p", "0"], "argument --top-p: must be between"),
+        (["--temperature", "nan"], "argument --temperature: must be between"),
+        (["--max-new-tokens", "0"], "argument --max-new-tokens: must be between"),
+        (["--seed", "9" * 30], "argument --seed: must be between"),
+        (["--prompt", " "], "argument --prompt: it is empty"),
     ],
 )
 def test_a_user_s_mistake_is_one_clear_line(tmp_path, arguments, message):
-    for name, base in (("moved", "/gone"), ("damaged", str(chatglm.TINY)), ("other", str(chatglm.TINY))):
+    for name, base in (("moved", "/gone"), *((n, str(chatglm.TINY)) for n in ("damaged", "other", "noted"))):
         shutil.copytree(FIXTURES / "tiny" / "adapter", tmp_path / name)
         file = tmp_path / name / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+    (tmp_path / "noted" / "training_args.json").write_text("[1]")
     weights = tmp_path / "damaged" / "adapter_model.safetensors"
     os.truncate(weights, 5000)
     done = run("infer.py", "--prompt", "q", *arguments, cwd=tmp_path)

@@ -123,14 +123,38 @@ def test_damaged_and_absent_files_are_refused(checkpoint):
     file.unlink()
     with pytest.raises(ValueError, match="cannot load this model"):
         chatglm.load_model(checkpoint, "cpu")
-    with pytest.raises(ValueError, match="no such directory"):
-        chatglm.find_model("./nowhere")
+    for name in ("./nowhere", "nowhere", "", str(checkpoint / "config.json")):
+        with pytest.raises(ValueError, match="neither a directory nor a hub id"):
+            chatglm.find_model(name)
+    assert chatglm.find_model("THUDM/chatglm3-6b") == "THUDM/chatglm3-6b"
 
 
-def test_another_architecture_is_refused(checkpoint):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rmsnorm": False}, "rmsnorm is False; ChatGLM3 needs True"),
+        ({"hidden_size": None}, "hidden_size is None, not a int"),
+        ({"num_layers": "3"}, "num_layers is '3', not a int"),
+        ({"kv_channels": 0}, "kv_channels is 0; it must be more than 0"),
+        ({"rope_ratio": "50"}, "rope_ratio is '50', not a float"),
+    ],
+)
+def test_damaged_and_foreign_configurations_are_refused(checkpoint, change, message):
+    """Before a network is built: one of the wrong size could take all memory."""
     config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"rmsnorm": False}))
-    with pytest.raises(ValueError, match="rmsnorm is False; ChatGLM3 needs True"):
+    (checkpoint / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError) as error:
+        chatglm.load_model(checkpoint, "cpu")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "", "{"])
+def test_empty_configurations_are_refused(checkpoint, text):
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="cannot load this model"):
+        chatglm.load_model(checkpoint, "cpu")
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(ValueError, match="cannot load this model"):
         chatglm.load_model(checkpoint, "cpu")
 
 
@@ -147,6 +171,8 @@ class Marker:
 def test_no_code_of_a_checkpoint_is_run(checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    config["attn_implementation"] = "evil/attention"  # transformers would fetch and import it
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (checkpoint / "config.json").write_text(json.dumps(config))
     ran = tmp_path / "ran"
     for name in ("evil", "modeling_chatglm", "configuration_chatglm"):
@@ -202,6 +228,10 @@ def test_a_misspelt_target_is_refused(base):
         chatglm.add_lora(base, 4, 8, 0.0, ["query_key_vale", "dense"])
     with pytest.raises(ValueError, match="regular expression"):
         chatglm.add_lora(base, 4, 8, 0.0, "*(")
+    with pytest.raises(ValueError, match="no module of the model is named 'nothing.*'"):
+        chatglm.add_lora(base, 4, 8, 0.0, "nothing.*")
+    with pytest.raises(ValueError, match="input_layernorm is no linear layer"):
+        chatglm.add_lora(base, 4, 8, 0.0, ["query_key_value", "input_layernorm"])
 
 
 def test_adapter_round_trip_and_plain_peft(base, checkpoint, tmp_path):
@@ -238,7 +268,7 @@ def test_adapters_that_do_not_fit_are_refused(base, tmp_path, change, message):
     weights = load_file(file)
     change(weights)
     save_file(weights, file)
-    with pytest.raises(ValueError, match="the adapter does not fit this model") as error:
+    with pytest.raises(ValueError, match="this adapter was not trained on this model") as error:
         chatglm.load_adapter(base, tmp_path / "adapter")
     assert message in str(error.value)
 
@@ -247,9 +277,31 @@ def test_unreadable_adapters_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match="no adapter here"):
         chatglm.load_adapter(base, tmp_path)
     shutil.copytree(FIXTURES / "tiny" / "adapter", tmp_path / "adapter")
-    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    weights, config = (tmp_path / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    good = json.loads(config.read_text())
+    imports = {"megatron_config": {"a": 1}, "megatron_core": "evil"}
+    for change in ({"r": "x"}, {"r": 0}, {"target_modules": "("}, {"peft_type": "WAT"}, {"peft_type": "IA3"}, imports):
+        config.write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match="cannot read this adapter"):
+            chatglm.load_adapter(base, tmp_path / "adapter")
+    config.write_text(json.dumps(good))
+    weights.write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match="cannot read this adapter"):
         chatglm.load_adapter(base, tmp_path / "adapter")
+
+
+def test_adapters_in_peft_s_older_file(base, tmp_path):
+    shutil.copytree(FIXTURES / "tiny" / "adapter", tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(weights, tmp_path / "adapter" / "adapter_model.bin")
+    state = peft.get_peft_model_state_dict(chatglm.load_adapter(base, tmp_path / "adapter"))
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+    ran = tmp_path / "ran"
+    torch.save({"w": Marker(ran)}, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(ValueError, match="cannot read this adapter"):
+        chatglm.load_adapter(base, tmp_path / "adapter")
+    assert not ran.exists()
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -261,11 +313,17 @@ def test_checkpointed_gradients_equal_plain_ones_with_dropout(base, layers):
     model = peft_model.get_base_model()
     ids = torch.randint(0, 512, (2, 24))
 
+    calls = []
+    for layer in model.transformer.encoder.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+
     def run(checkpointed_layers):
         model.transformer.encoder.checkpointed_layers = checkpointed_layers
         peft_model.zero_grad()
+        calls.clear()
         torch.manual_seed(5)
         model(ids, labels=ids).loss.backward()
+        assert len(calls) == 3 + checkpointed_layers  # each of these once more, in backward
         return gradients(peft_model)
 
     plain, recomputed = run(0), run(layers)
@@ -283,6 +341,19 @@ def test_padding_on_the_right_changes_nothing(base):
     close(base(padded[None], attention_mask=mask).logits[:, :21], base(ids[None]).logits)
     with pytest.raises(ValueError, match="right-padded"):
         base(padded[None], attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match="does not take position_ids"):
+        base(padded[None], position_ids=torch.arange(32))
+
+
+def test_positions_past_the_first_table_and_training_after_decoding(golden):
+    directory, expected = golden
+    model = chatglm.load_model(directory, "cpu")
+    with torch.inference_mode():
+        model(torch.ones(1, 8, dtype=torch.long))
+        assert len(model.transformer.rope) == 2048
+        model(torch.ones(1, 2100, dtype=torch.long))
+        assert len(model.transformer.rope) == 4200
+    model(expected["input_ids"], labels=expected["labels"]).loss.backward()
 
 
 def test_the_built_in_model_is_the_same_everywhere(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from conftest import FIXTURES, random_samples, run, write_jsonl
 from safetensors.torch import load_file
 
 import data
+import infer
 import model as chatglm
 import train
 
@@ -128,6 +129,42 @@ def test_overflows_are_counted_and_shown(tmp_path, monkeypatch, capsys):
     assert f"skipped={skipped}" in shown.err
 
 
+def test_a_run_that_diverges_stops_and_saves_nothing(tmp_path, monkeypatch):
+    loss = chatglm.ChatGLMForCausalLM.summed_loss
+    monkeypatch.setattr(chatglm.ChatGLMForCausalLM, "summed_loss", lambda *args: loss(*args) * torch.nan)
+    flags = "--max-steps 9 --save-steps 5 --dtype fp32 --device cpu".split()
+    with pytest.raises(
+        SystemExit, match="update 5: the loss is no longer a finite number; try a lower --learning-rate"
+    ):
+        train.main([*flags, "--output-dir", str(tmp_path)])
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_whole_modules_train_and_answer_in_half_precision(tmp_path, dtype):
+    directory, target = tmp_path / "out", ["--target-modules", "word_embeddings", "query_key_value"]
+    flags = [
+        "--modules-to-save",
+        "output_layer",
+        "final_layernorm",
+        "--dtype",
+        dtype,
+        "--device",
+        "cpu",
+        "--max-steps",
+        20,
+    ]
+    train.main([str(a) for a in [*target, *flags, "--output-dir", directory, "--logging-steps", 5]])
+    losses = [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    names = load_file(directory / "adapter_model.safetensors").keys()
+    assert sum("output_layer.weight" in n or "final_layernorm.weight" in n for n in names) == 2
+    assert sum("word_embeddings" in n for n in names) == 2
+    args = infer.parse_args(["--prompt", "q", "--adapter", str(directory), "--device", "cpu", "--dtype", dtype])
+    model, tokenizer, prompt_ids, _ = infer.set_up(args)
+    assert list(infer.generate(model, prompt_ids, 3, ()))
+
+
 def test_learning_rate():
     def rates(schedule, warmup):
         return [round(train.learning_rate(step, 6, 1.0, warmup, schedule), 3) for step in range(6)]
@@ -187,16 +224,21 @@ def test_logged_loss_is_the_mean_over_learnt_tokens(tmp_path):
         (["--data", "bad.jsonl"], "bad.jsonl:2: unknown key 'instrution'; did you mean 'instruction'?"),
         (["--data", "empty.jsonl"], "empty.jsonl: the file is empty"),
         (["--data", "long.jsonl", "--max-length", "8"], "no sample has a token to learn within 8 tokens"),
-        (["--model", "./nowhere"], "nowhere: no such directory"),
+        (["--model", "./nowhere"], "neither a directory nor a hub id"),
         (["--model", "no_weights"], "no_weights: cannot load this model"),
         (["--target-modules", "query_key_vale"], "did you mean 'query_key_value'?"),
         (["--modules-to-save", "outputlayer"], "did you mean 'output_layer'?"),
         (["--target-modules", "(*"], "is not a regular expression"),
-        (["--target-modules", "nothing.*"], "nothing.*"),
-        (["--batch-size", "0"], "must be 1 or more"),
-        (["--learning-rate", "nan"], "must be 0.0 or more"),
-        (["--lora-dropout", "1"], "must be less than 1"),
+        (["--target-modules", "nothing.*"], "no module of the model is named 'nothing.*'"),
+        (["--target-modules", "self_attention"], "is no linear layer"),
+        (["--batch-size", "0"], "must be between 1 and"),
+        (["--learning-rate", "nan"], "must be between 0.0 and"),
+        (["--lora-dropout", "1"], "must be between 0.0 and 0.99"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--seed", "9" * 30], "must be between 0 and"),
+        (["--lora-r", "1.5"], "invalid whole number value: '1.5'"),
+        (["--system", "\udcff"], "surrogates not allowed"),
+        (["--max-length", "2000"], "this model takes at most 1024 tokens"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--output-dir", "bad.jsonl/out"], "bad.jsonl/out: cannot write there"),
     ]
@@ -204,17 +246,20 @@ def test_logged_loss_is_the_mean_over_learnt_tokens(tmp_path):
 )
 def test_a_user_s_mistake_is_one_clear_line(tmp_path, arguments, message):
     write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "a", "output": "b"}, {"instrution": "a", "output": "b"}])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("kept")
     write_jsonl(tmp_path / "long.jsonl", [{"instruction": "a b c d e f g", "output": "b"}])
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "no_weights").mkdir()
     for name in ("config.json", "tokenizer.model"):
         (tmp_path / "no_weights" / name).write_bytes((chatglm.TINY / name).read_bytes())
-    before = sorted(tmp_path.rglob("*"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     done = run("train.py", "--output-dir", "out", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1 and message in errors[0], done.stderr
-    assert "Traceback" not in done.stderr and sorted(tmp_path.rglob("*")) == before
+    assert "Traceback" not in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_help_shows_every_default():
