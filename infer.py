@@ -35,6 +35,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--dtype", choices=("auto", *chatglm.DTYPES), default="auto", help="auto: fp16 on CUDA, else fp32"
     )
+    group.add_argument("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
     group = parser.add_argument_group("decoding")
     group.add_argument("--max-new-tokens", type=int, default=128, help="length of the answer at most")
     group.add_argument("--greedy", action="store_true", help="always the most likely token; nothing is drawn")
@@ -114,8 +115,8 @@ def find_base(adapter_dir):
 
 
 def set_up(args):
-    """→ (model, tokenizer, the prompt's ids, how many tokens may follow). The adapter is merged into the base, whose dtype
-    rounds it: in fp16 the logits differ in the third digit. Raises ValueError or OSError with a message for the user."""
+    """→ (model, tokenizer, the prompt's ids, how many tokens may follow). The adapter is merged into the base, unless
+    that is quantised, in the base's dtype: fp16 rounds what was trained in fp32. Raises ValueError or OSError with a message for the user."""
     untrained = args.no_adapter and args.adapter == ADAPTER and not Path(ADAPTER, "adapter_config.json").exists()
     path = chatglm.find_model(args.model or (None if untrained else find_base(args.adapter)))
     if path == str(chatglm.TINY):
@@ -129,13 +130,17 @@ def set_up(args):
         system = read_json(trained_with, "system")
     messages = data.with_system([{"role": "user", "content": args.prompt}], system)
     prompt_ids = data.encode_prompt(tokenizer, messages)
-    model = chatglm.load_model(path, args.device, args.dtype)
+    model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
     tokenizer.check_fits(model.config.padded_vocab_size)
     room = model.config.seq_length - len(prompt_ids)
     if room < 1:
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens; this model takes {model.config.seq_length}")
     if not args.no_adapter:
-        model = chatglm.load_adapter(model, args.adapter).merge_and_unload().to(model.dtype).eval()
+        peft_model = chatglm.load_adapter(model, args.adapter)
+        for param in peft_model.parameters():
+            if param.dtype == torch.float32:
+                param.data = param.data.to(model.dtype)  # the adapter's; there is no autocast here
+        model = peft_model.get_base_model() if args.load_in else peft_model.merge_and_unload()
     return model, tokenizer, prompt_ids, min(room, args.max_new_tokens)
 
 

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, C hidden size, H query heads, G key/value groups, D c
 
 import copy
 import difflib
+import importlib.util
 import logging
 import os
 import re
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 LOSS_CHUNK = 1024  # positions whose logits are held at a time
@@ -191,6 +192,8 @@ class Transformer(nn.Module):
     def forward(self, input_ids, cache=None, start=0):
         """input_ids [B, T] at positions start, start + 1, … → hidden states [B, T, C], after the final norm."""
         x = self.embedding.word_embeddings(input_ids)
+        if self.training and torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # it needs no gradient, but so all blocks are alike, and compiled once
         end = start + input_ids.shape[1]
         if len(self.rope) < end or self.rope.device != x.device:
             with torch.inference_mode(False):  # made while decoding, it must still serve a training step
@@ -305,16 +308,24 @@ def find_model(path):
     return path
 
 
-def load_model(path, device="auto", dtype="auto"):
+def load_model(path, device="auto", dtype="auto", load_in=None):
     """A checkpoint directory or hub id → ChatGLMForCausalLM in evaluation mode. device: auto, cpu or cuda; dtype: auto
-    (fp16 on CUDA, fp32 on a CPU), fp16, bf16 or fp32. Raises ValueError if the device isn't there or loading fails."""
+    (fp16 on CUDA, fp32 on a CPU), fp16, bf16 or fp32; load_in: 4bit (NF4) or 8bit, for the blocks' matrices. Raises
+    ValueError if the device or bitsandbytes isn't there or loading fails."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if dtype == "auto":
         dtype = "fp16" if device == "cuda" else "fp32"
-    return ChatGLMForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], device_map=device)
+    quantization = {}
+    if load_in:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"--load-in {load_in} needs bitsandbytes: pip install -r requirements-quantization.txt")
+        four = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
+        settings = four if load_in == "4bit" else dict(load_in_8bit=True)
+        quantization = dict(quantization_config=BitsAndBytesConfig(**settings))
+    return ChatGLMForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], device_map=device, **quantization)
 
 
 def _first(faults, most=3):
@@ -328,10 +339,11 @@ def brief(error):
 
 def quiet_libraries():
     """For the commands: transformers, peft and the hub keep their progress bars, retries and hints to themselves."""
-    warnings.filterwarnings("ignore", module="transformers|peft")
+    warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in ("huggingface_hub", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------

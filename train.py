@@ -110,12 +110,13 @@ def parse_args(argv=None):
         metavar="all|off|N|auto",
         help="how many blocks recompute their activations in backward; auto: as few as memory allows",
     )
+    group.add_argument("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
     group.add_argument("--compile", action="store_true", help="compile the blocks: faster on CUDA, after a minute")
     group.add_argument(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="replay the micro-step instead of launching its kernels one by one; default: on CUDA, without checkpointing",
+        help="replay the micro-step instead of launching its kernels one by one; default: on CUDA, unless blocks are checkpointed or quantised",
     )
     group = parser.add_argument_group("progress")
     group.add_argument("--logging-steps", type=number(1), default=10, help="updates between lines of metrics.jsonl")
@@ -253,7 +254,8 @@ def fit_in_memory(step, encoder, batch, wanted):
     rows, length = batch[0].shape
     raise ValueError(
         f"out of memory on the longest micro-batch, {rows} × {length} tokens; try a smaller --batch-size (with more "
-        "--gradient-accumulation-steps the result is the same), --gradient-checkpointing all, or a smaller --max-length"
+        "--gradient-accumulation-steps the result is the same), --gradient-checkpointing all, --load-in 4bit, or a "
+        "smaller --max-length"
     )
 
 
@@ -288,7 +290,8 @@ def make_step(args, model, scaler, dataset):
         raise ValueError(
             "--cuda-graphs can't replay checkpointed blocks; add --gradient-checkpointing off, or leave it out"
         )
-    if args.cuda_graphs or (args.cuda_graphs is None and cuda and not encoder.checkpointed_layers):
+    safe = cuda and not encoder.checkpointed_layers and not args.load_in  # 8-bit products wait for the device
+    if safe if args.cuda_graphs is None else args.cuda_graphs:
         step = CUDAGraphs(step, params)
     return step
 
@@ -324,7 +327,7 @@ def set_up(args):
     tokenizer = data.ChatGLMTokenizer(path)
     dataset = data.ConversationDataset(args.data, tokenizer, args.max_length, args.system)
     start = time.perf_counter()
-    model = chatglm.load_model(path, args.device, args.dtype)
+    model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
     tokenizer.check_fits(model.config.padded_vocab_size)
     if args.max_length > model.config.seq_length:
         raise ValueError(f"--max-length {args.max_length}: this model takes at most {model.config.seq_length} tokens")

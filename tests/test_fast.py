@@ -1,12 +1,14 @@
 """The fast paths give the plain path's run."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from conftest import random_samples, write_jsonl
 
 import data
+import infer
 import model as chatglm
 import train
 
@@ -50,6 +52,45 @@ def test_the_loss_in_chunks_is_the_loss(base, monkeypatch):
         for mine, wanted in zip(other, results[0], strict=True):
             torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-4)
     assert results[0][0] > 1000
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_a_quantised_base_trains_saves_and_answers(tmp_path, load_in, device):
+    pytest.importorskip("bitsandbytes", reason="needs requirements-quantization.txt")
+    losses, _ = run_training(tmp_path, "--load-in", load_in, device=device)
+    assert losses[-1] < losses[0] - 1
+    arguments = ["--prompt", "q", "--adapter", tmp_path, "--device", device, "--load-in", load_in]
+    model, _, prompt_ids, _ = infer.set_up(infer.parse_args([str(a) for a in arguments]))
+    qkv = model.transformer.encoder.layers[1].self_attention.query_key_value
+    assert qkv.base_layer.weight.dtype in (torch.uint8, torch.int8) and hasattr(qkv, "lora_A")
+    assert len(list(infer.generate(model, prompt_ids, 5, ()))) == 5
+
+
+def test_quantisation_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(chatglm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install -r requirements-quantization.txt"):
+        chatglm.load_model(chatglm.TINY, "cpu", load_in="4bit")
+
+
+@cuda
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_update_never_waits_for_the_device(graphs):
+    model = chatglm.add_lora(chatglm.load_model(chatglm.tiny_model(), "cuda"), 8, 32, 0.1, ["query_key_value"])
+    params = [p for p in model.parameters() if p.requires_grad]
+    scaler, optimizer = torch.amp.GradScaler("cuda"), torch.optim.AdamW(params, fused=True)
+    step = partial(train.micro_step, model.train().get_base_model(), scaler)
+    step = train.CUDAGraphs(step, params) if graphs else step
+    batch = data.collate(random_samples([20, 30], 1400))
+    batch = {name: value.pin_memory() if torch.is_tensor(value) else value for name, value in batch.items()}
+    train.train_update(step, [batch, batch], optimizer, scaler, 1.0)  # what is made once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = train.train_update(step, [batch, batch], optimizer, scaler, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss)
 
 
 @cuda

@@ -126,7 +126,7 @@ def test_infer_command(trained):
     common = ["--adapter", adapter, "--device", device, "--prompt", "你是谁？"]
     answer = run("infer.py", *common, "--greedy")
     assert (answer.returncode, answer.stdout) == (0, "我是小砚，一个在随机权重上练出来的小模型。\n"), answer.stderr
-    assert answer.stderr.startswith("The built-in tiny model, random weights.")
+    assert "The built-in tiny model, random weights." in answer.stderr
     assert run("infer.py", *common, "--greedy", "--no-adapter").stdout != answer.stdout
     drawn = [run("infer.py", *common, "--temperature", 5, "--top-p", 1, "--seed", seed).stdout for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]

@@ -195,7 +195,7 @@ def test_a_run_writes_what_it_says_and_repeats_bit_for_bit(tmp_path):
     assert [(line["step"], line["epoch"]) for line in lines] == [(2, 0), (4, 1), (6, 1), (7, 2)]
     out = runs[0].stdout
     assert out.startswith("The built-in tiny model, random weights.")
-    assert "21 samples" in out and "246,784 parameters" in out and "⟦\n" in out
+    assert "21 samples" in out and "249,856 parameters" in out and "⟦\n" in out
     assert f"python infer.py --adapter {tmp_path / 'a'} --prompt" in out
     assert json.loads((tmp_path / "a" / "training_args.json").read_text("utf-8"))["system"] == "甲"
     weights, half = (load_file(tmp_path / "a" / d / "adapter_model.safetensors") for d in (".", "checkpoint-3"))

@@ -13,6 +13,7 @@ import gc
 import platform
 import sys
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -33,8 +34,30 @@ LOOPS = {
     "loop, compiled, 8 × 1": "--batch-size 8 --gradient-accumulation-steps 1 --compile --no-cuda-graphs",
     "loop, compiled, graphs, 8 × 1": "--batch-size 8 --gradient-accumulation-steps 1 --compile --cuda-graphs",
 }
+# Full sequences of random tokens: (tokens a sample, samples, flags). 8,192 tokens are chatglm3-6b's whole context.
+FULL = {
+    "512 tokens, eager, 4 × 2": (512, 160, ""),
+    "512 tokens, compiled, graphs, 4 × 2": (512, 160, "--compile --cuda-graphs"),
+    "8,192 tokens, checkpointing, 1 × 1": (8192, 6, "--gradient-checkpointing all"),
+    "8,192 tokens, checkpointing, compiled, 1 × 1": (8192, 6, "--gradient-checkpointing all --compile"),
+    "8,192 tokens, 27 blocks checkpointed, compiled, 1 × 1": (8192, 6, "--gradient-checkpointing 27 --compile"),
+}
 CPU_LOOPS = ("loop, defaults, 4 × 2", "loop, defaults, 8 × 1")
 TRAINERS = {"Trainer, padded to 512, checkpointing": (512, True), "Trainer, dynamic padding": (None, False)}
+
+
+class RandomTokens(torch.utils.data.Dataset):
+    """Samples of `length` random tokens, all supervised but the first."""
+
+    def __init__(self, length, size):
+        self.lengths = [length] * size
+        self.rows = torch.randint(3, 64789, (size, length), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i], self.rows[i]
 
 
 def matmul_flops(device, dtype, size):
@@ -184,10 +207,14 @@ def main():
     )
     print("| | samples/s | tokens/s | padding | peak GiB | of ceiling | |\n|---|---|---|---|---|---|---|")
     runs = {
-        n: lambda f=f: measure_loop(base, dataset, ["--model", "base", *f.split()], args.updates)
-        for n, f in LOOPS.items()
+        n: partial(measure_loop, base, dataset, ["--model", "base", *f.split()], args.updates) for n, f in LOOPS.items()
     }
-    runs |= {n: lambda a=a: measure_trainer(base, dataset, *a, min(args.updates, 20)) for n, a in TRAINERS.items()}
+    runs |= {n: partial(measure_trainer, base, dataset, *how, min(args.updates, 20)) for n, how in TRAINERS.items()}
+    for name, (length, size, flags) in FULL.items() if cuda else ():
+        split = "--batch-size 1 --gradient-accumulation-steps 1" if length > 512 else ""
+        full, arguments = RandomTokens(length, size), ["--model", "base", *flags.split(), *split.split()]
+        updates = size if length > 512 else size // 8
+        runs[name] = partial(measure_loop, base, full, arguments, updates)
     for name, measure in runs.items():
         if (args.only or "") not in name or (not cuda and name in LOOPS and name not in CPU_LOOPS):
             continue
