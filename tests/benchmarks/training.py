@@ -36,7 +36,7 @@ LOOPS = {
 }
 # Full sequences of random tokens: (tokens a sample, samples, flags). 8,192 tokens are chatglm3-6b's whole context.
 FULL = {
-    "512 tokens, eager, 4 × 2": (512, 160, ""),
+    "512 tokens, graphs, 4 × 2": (512, 160, ""),
     "512 tokens, compiled, graphs, 4 × 2": (512, 160, "--compile --cuda-graphs"),
     "8,192 tokens, checkpointing, 1 × 1": (8192, 6, "--gradient-checkpointing all"),
     "8,192 tokens, checkpointing, compiled, 1 × 1": (8192, 6, "--gradient-checkpointing all --compile"),
