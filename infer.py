@@ -15,8 +15,6 @@ import torch
 import data
 import model as chatglm
 
-ADAPTER = "output/ChatGLM"  # where train.py writes
-
 
 def parse_args(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -25,7 +23,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
     group = parser.add_argument_group("model")
-    group.add_argument("--adapter", default=ADAPTER, metavar="DIR", help="what train.py wrote")
+    group.add_argument("--adapter", default=chatglm.ADAPTER_DIR, metavar="DIR", help="what train.py wrote")
     group.add_argument(
         "--model", help="directory or hub id of the base; without it, the one the adapter was trained on"
     )
@@ -117,7 +115,7 @@ def find_base(adapter_dir):
 def set_up(args):
     """→ (model, tokenizer, the prompt's ids, how many tokens may follow). The adapter is merged into the base, unless
     that is quantised, in the base's dtype: fp16 rounds what was trained in fp32. Raises ValueError or OSError with a message for the user."""
-    untrained = args.no_adapter and args.adapter == ADAPTER and not Path(ADAPTER, "adapter_config.json").exists()
+    untrained = args.no_adapter and args.adapter == chatglm.ADAPTER_DIR and not Path(args.adapter).exists()
     path = chatglm.find_model(args.model or (None if untrained else find_base(args.adapter)))
     if path == str(chatglm.TINY):
         print(

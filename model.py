@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+ADAPTER_DIR = "output/ChatGLM"  # where train.py writes and infer.py looks
 LOSS_CHUNK = 1024  # positions whose logits are held at a time
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

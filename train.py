@@ -60,7 +60,7 @@ def parse_args(argv=None):
     )
     group.add_argument("--data", nargs="+", default=[str(data.SAMPLE)], metavar="FILE", help="JSON or JSONL files")
     group.add_argument("--system", metavar="TEXT", help="system message of conversations that have none")
-    group.add_argument("--output-dir", default="output/ChatGLM", help="where the adapter and checkpoints go")
+    group.add_argument("--output-dir", default=chatglm.ADAPTER_DIR, help="where the adapter and checkpoints go")
     group.add_argument(
         "--max-length", type=number(8), default=512, help="tokens of a sample, prompt and answer together"
     )
@@ -177,10 +177,10 @@ class CUDAGraphs:
         random_state = torch.cuda.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step(
-                *inputs
-            )  # compiles, chooses and loads kernels, makes the gradients' tensors: none of it can be captured
+        with torch.cuda.stream(
+            stream
+        ):  # a trial compiles, loads kernels and makes the gradients: that can't be captured
+            self.step(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
@@ -210,13 +210,17 @@ def train_update(step, micro_batches, optimizer, scaler, max_grad_norm):
     return loss, grad_norm
 
 
+def samples_per_step(args):
+    return args.batch_size * args.gradient_accumulation_steps
+
+
 def updates(dataset, args, device):
     """Yields (epoch, the micro-batches of one update) without end."""
-    size, split = args.batch_size * args.gradient_accumulation_steps, args.batch_size
+    split = args.batch_size
     for epoch in itertools.count():
         loader = DataLoader(
             dataset,
-            batch_sampler=data.batch_order(dataset.lengths, size, args.seed, epoch),
+            batch_sampler=data.batch_order(dataset.lengths, samples_per_step(args), args.seed, epoch),
             collate_fn=lambda samples: [data.collate(samples[i : i + split]) for i in range(0, len(samples), split)],
             pin_memory=device.type == "cuda",
         )
@@ -240,10 +244,9 @@ def fit_in_memory(step, encoder, batch, wanted):
             torch.cuda.empty_cache()
             return math.inf
 
-    encoder.checkpointed_layers = {"all": layers, "off": 0, "auto": 0}.get(wanted, wanted)
-    if not cuda:
-        return
-    if peak(encoder.checkpointed_layers) < math.inf:
+    first = {"all": layers, "off": 0, "auto": 0}.get(wanted, wanted)
+    encoder.checkpointed_layers = min(first, layers)
+    if not cuda or peak(encoder.checkpointed_layers) < math.inf:
         return
     if wanted == "auto" and (least := peak(layers)) < math.inf:
         a_layer = peak(layers - 1) - least  # what storing one more block's activations costs
@@ -278,22 +281,17 @@ def make_step(args, model, scaler, dataset):
     fit_in_memory(step, encoder, batch, args.gradient_checkpointing)
     if cuda:
         shape, took = " × ".join(map(str, batch[0].shape)), time.perf_counter() - started
-        print(
-            f"memory   {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB for the longest micro-batch, {shape} tokens, ",
-            end="",
-        )
+        print(f"memory   {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB ", end="")
+        print(f"for the longest micro-batch, {shape} tokens, ", end="")
         print(f"{encoder.checkpointed_layers} of {len(encoder.layers)} blocks checkpointed (tried in {took:.1f} s)")
     params = [p for p in model.parameters() if p.requires_grad]
     for param in params:
         param.grad = None
-    if args.cuda_graphs and encoder.checkpointed_layers:
-        raise ValueError(
-            "--cuda-graphs can't replay checkpointed blocks; add --gradient-checkpointing off, or leave it out"
-        )
-    safe = cuda and not encoder.checkpointed_layers and not args.load_in  # 8-bit products wait for the device
-    if safe if args.cuda_graphs is None else args.cuda_graphs:
-        step = CUDAGraphs(step, params)
-    return step
+    # What can't be captured: checkpointing saves the random state, and 8-bit products wait for the device.
+    capturable = cuda and not encoder.checkpointed_layers and not args.load_in
+    if args.cuda_graphs and not capturable:
+        raise ValueError("--cuda-graphs can't replay checkpointed or quantised blocks; leave one of the two out")
+    return CUDAGraphs(step, params) if capturable and args.cuda_graphs is not False else step
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -346,10 +344,8 @@ def describe(args, peft_model, tokenizer, dataset, total_steps):
     """What will be trained, for the user to check before it takes its time."""
     lengths = sorted(dataset.lengths)
     total = sum(lengths)
-    print(
-        f"data     {len(lengths):,} samples: {total:,} tokens, {dataset.supervised / total:.1%} of them supervised; ",
-        end="",
-    )
+    print(f"data     {len(lengths):,} samples: {total:,} tokens, ", end="")
+    print(f"{dataset.supervised / total:.1%} of them supervised; ", end="")
     print(f"a sample has {total / len(lengths):.1f} (median {lengths[len(lengths) // 2]}, longest {lengths[-1]})")
     print(f"         longer than --max-length {args.max_length}: {dataset.cut} cut, {dataset.dropped} dropped")
     print(f"sample   {dataset.places[0]}, supervised between ⟦ and ⟧:")
@@ -372,6 +368,8 @@ def main(argv=None):
     chatglm.quiet_libraries()
     try:
         peft_model, tokenizer, dataset = set_up(args)
+        total_steps = args.max_steps or args.epochs * math.ceil(len(dataset) / samples_per_step(args))
+        describe(args, peft_model, tokenizer, dataset, total_steps)
         model = peft_model.get_base_model().train()  # the network itself, LoRA layers inside: no wrapper around it
         scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
         step_fn = make_step(args, model, scaler, dataset)
@@ -379,9 +377,6 @@ def main(argv=None):
         sys.stderr.writelines(f"train.py: error: {line}\n" for line in str(error).splitlines())
         sys.exit(2)
 
-    samples_per_step = args.batch_size * args.gradient_accumulation_steps
-    total_steps = args.max_steps or args.epochs * math.ceil(len(dataset) / samples_per_step)
-    describe(args, peft_model, tokenizer, dataset, total_steps)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -440,12 +435,10 @@ def main(argv=None):
     print(f"speed    {all_samples:,} samples in {took:.1f} s: ", end="")
     print(f"{all_samples / took:.1f} samples/s, {all_tokens / took:,.0f} tokens/s")
     if scaler.is_enabled():
-        print(
-            f"         {int(overflows)} updates skipped because fp16 overflowed; loss scale now {scaler.get_scale():g}"
-        )
+        print(f"         {int(overflows)} updates skipped because fp16 overflowed; loss scale {scaler.get_scale():g}")
     if device.type == "cuda":
         print(f"         peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    adapter = "" if args.output_dir == "output/ChatGLM" else f" --adapter {shlex.quote(args.output_dir)}"
+    adapter = "" if args.output_dir == chatglm.ADAPTER_DIR else f" --adapter {shlex.quote(args.output_dir)}"
     print(f"saved    {output_dir}/adapter_model.safetensors; try it:")
     infer = os.path.relpath(Path(__file__).with_name("infer.py"))
     print(f'         python {infer}{adapter} --prompt "你是谁？"')

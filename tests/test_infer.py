@@ -134,9 +134,25 @@ def test_infer_command(trained):
 
 def test_a_reader_that_leaves_early_is_no_error(trained):
     adapter, device = trained
-    command = f"{sys.executable} {ROOT / 'infer.py'} --adapter {adapter} --device {device} --prompt hello | head -c 1"
+    command = f"{sys.executable} {ROOT / 'infer.py'} --adapter {adapter} --device {device} --prompt hello | head -c 1 >/dev/null"
     done = subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8", timeout=300)
     assert "Traceback" not in done.stderr
+
+
+def test_a_hub_id_is_read_from_the_hub_s_cache(trained, tmp_path):
+    adapter, device = trained
+    cached = tmp_path / "hub" / "models--someone--glm"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(chatglm.TINY, cached / "snapshots" / ("0" * 40))
+    arguments = ["--adapter", adapter, "--device", device, "--prompt", "你是谁？", "--greedy", "--model", "someone/glm"]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = run("infer.py", *arguments, env=environment)
+    assert done.stdout == "我是小砚，一个在随机权重上练出来的小模型。\n", done.stderr
+    arguments[-1] = "someone/else"
+    done = run("infer.py", *arguments, env=environment)
+    assert done.returncode == 2 and "someone/else: cannot read the vocabulary" in done.stderr
+    assert len(done.stderr.splitlines()) <= 2 and "Traceback" not in done.stderr
 
 
 def test_the_system_message_of_training_is_used(tmp_path):
