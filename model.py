@@ -67,7 +67,9 @@ class ChatGLMConfig(PretrainedConfig):
         names = [name for name in cls.__annotations__ if isinstance(getattr(cls, name), int | float)]
         for name in names:
             wanted = getattr(cls, name)
-            value = config_dict.get(name, None if type(wanted) is int else wanted)
+            if type(wanted) is int and name not in config_dict:
+                raise ValueError(f"config.json is not there, or has no {name}")
+            value = config_dict.get(name, wanted)
             kinds = {bool: bool, int: int, float: (int, float)}[type(wanted)]
             if not isinstance(value, kinds) or (type(wanted) is not bool and isinstance(value, bool)):
                 raise ValueError(f"config.json: {name} is {value!r}, not a {type(wanted).__name__}")
@@ -334,8 +336,9 @@ def _first(faults, most=3):
 
 
 def brief(error):
-    """The first line of a library's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The first line of a library's message; with its type, where the message alone could be a bare word or number."""
+    line = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
 
 
 def quiet_libraries():
