@@ -359,13 +359,14 @@ def add_lora(model, r, alpha, dropout, target_modules, modules_to_save=None):
     target_modules: a list of module names, or one regular expression (a str) that whole module paths match;
     modules_to_save: names of modules to train whole. Raises ValueError for a name that matches no module.
     """
-    regex = isinstance(target_modules, str)
     modules = dict(model.named_modules())
-    for wanted in [target_modules] if regex else [*target_modules, *(modules_to_save or [])]:
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    for wanted in [*targets, *(modules_to_save or [])]:
         try:
-            found = [
-                name for name in modules if (re.fullmatch(wanted, name) if regex else f".{name}".endswith(f".{wanted}"))
-            ]
+            if wanted is target_modules:
+                found = [name for name in modules if re.fullmatch(wanted, name)]
+            else:
+                found = [name for name in modules if f".{name}".endswith(f".{wanted}")]
         except re.error as error:
             raise ValueError(f"target modules {wanted!r} is not a regular expression: {error}") from error
         if not found:
@@ -373,7 +374,7 @@ def add_lora(model, r, alpha, dropout, target_modules, modules_to_save=None):
             close = difflib.get_close_matches(wanted, leaves, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(leaves)}"
             raise ValueError(f"no module of the model is named {wanted!r}; {hint}")
-        if wanted not in (modules_to_save or []):
+        if wanted in targets:
             for name in found:
                 if not isinstance(modules[name], nn.Linear | nn.Embedding):
                     raise ValueError(f"target modules {wanted!r}: {name} is no linear layer, which LoRA needs")

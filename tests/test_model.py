@@ -230,6 +230,8 @@ def test_a_misspelt_target_is_refused(base):
         chatglm.add_lora(base, 4, 8, 0.0, "*(")
     with pytest.raises(ValueError, match="no module of the model is named 'nothing.*'"):
         chatglm.add_lora(base, 4, 8, 0.0, "nothing.*")
+    with pytest.raises(ValueError, match="'outputlayer'; did you mean 'output_layer'"):
+        chatglm.add_lora(base, 4, 8, 0.0, ".*query_key_value", ["outputlayer"])
     with pytest.raises(ValueError, match="input_layernorm is no linear layer"):
         chatglm.add_lora(base, 4, 8, 0.0, ["query_key_value", "input_layernorm"])
 
