@@ -113,8 +113,9 @@ def find_base(adapter_dir):
 
 
 def set_up(args):
-    """→ (model, tokenizer, the prompt's ids, how many tokens may follow). The adapter is merged into the base, unless
-    that is quantised, in the base's dtype: fp16 rounds what was trained in fp32. Raises ValueError or OSError with a message for the user."""
+    """→ (model, tokenizer, the prompt's ids, how many tokens may follow). The adapter is merged into the base, unless that
+    is quantised, in the base's dtype: fp16 rounds what was trained in fp32. Raises ValueError or OSError with a message
+    for the user."""
     untrained = args.no_adapter and args.adapter == chatglm.ADAPTER_DIR and not Path(args.adapter).exists()
     path = chatglm.find_model(args.model or (None if untrained else find_base(args.adapter)))
     if path == str(chatglm.TINY):
@@ -135,10 +136,12 @@ def set_up(args):
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens; this model takes {model.config.seq_length}")
     if not args.no_adapter:
         peft_model = chatglm.load_adapter(model, args.adapter)
-        for param in peft_model.parameters():
-            if param.dtype == torch.float32:
-                param.data = param.data.to(model.dtype)  # the adapter's; there is no autocast here
-        model = peft_model.get_base_model() if args.load_in else peft_model.merge_and_unload()
+        if args.load_in:
+            for param in peft_model.parameters():
+                if param.dtype == torch.float32:
+                    param.data = param.data.to(model.dtype)  # the adapter's; there is no autocast here
+        else:
+            model = peft_model.merge_and_unload().to(model.dtype)  # the product of A and B is rounded once, when added
     return model, tokenizer, prompt_ids, min(room, args.max_new_tokens)
 
 

@@ -1,6 +1,6 @@
 """Fine-tunes ChatGLM3 with LoRA: one visible loop.
 
-python train.py                                                              # a built-in tiny model, a minute or two
+python train.py                                                              # a built-in tiny model, under a minute
 python train.py --model THUDM/chatglm3-6b --data huanhuan.json --system "…"  # the real job
 """
 
@@ -363,14 +363,14 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     if args.model is None:
         print("The built-in tiny model, random weights. For the real job: --model DIR_OR_HUB_ID --data FILE")
-        if args.device != "cuda" and not torch.cuda.is_available():
-            torch.set_num_threads(1)  # its matrices are too small to share; waiting for a busy core costs more
     chatglm.quiet_libraries()
     try:
         peft_model, tokenizer, dataset = set_up(args)
         total_steps = args.max_steps or args.epochs * math.ceil(len(dataset) / samples_per_step(args))
         describe(args, peft_model, tokenizer, dataset, total_steps)
         model = peft_model.get_base_model().train()  # the network itself, LoRA layers inside: no wrapper around it
+        if args.model is None and model.device.type == "cpu":
+            torch.set_num_threads(1)  # its matrices are too small to share; waiting for a busy core costs more
         scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
         step_fn = make_step(args, model, scaler, dataset)
     except (ValueError, OSError) as error:
