@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 ADAPTER_DIR = "output/ChatGLM"  # where train.py writes and infer.py looks
-LOSS_CHUNK = 1024  # positions whose logits are held at a time
+LOSS_CHUNK = 2048  # positions whose logits are held at a time
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -93,20 +93,22 @@ class RMSNorm(nn.Module):
         return (self.weight * x32).to(x.dtype)
 
 
-def rope_table(length, dim, base, device):
-    """[length, dim/2, 2] in fp32: cos and sin of position × frequency."""
+def rope_table(length, dim, head_dim, base, device):
+    """[length, 2, head_dim] in fp32: the cosine and the signed sine of position × frequency, for the pairs (0,1), (2,3), …
+    of the first `dim` channels of a head; 1 and 0 for the rest, which are not rotated."""
     freq = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    cos, sin = torch.stack((cos, cos), -1).flatten(1), torch.stack((-sin, sin), -1).flatten(1)
+    rest = head_dim - dim
+    return torch.stack((F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))), dim=1)
 
 
 def apply_rope(x, rope):
-    """Rotates the pairs (0,1), (2,3), … of the first half of each head. x [B, T, heads, D], rope [T, D/4, 2]."""
-    rotated, passed = x.chunk(2, dim=-1)
-    even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, heads, D/4] each
-    cos, sin = rope[:, None].to(x.dtype).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((rotated, passed), dim=-1)
+    """Rotates each pair (a, b) to (a cos - b sin, b cos + a sin). x [B, T, heads, D], rope [T, 2, D]."""
+    cos, sin = rope[:, None].unbind(2)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * cos + swapped * sin
 
 
 class SelfAttention(nn.Module):
@@ -188,7 +190,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config)
         self.encoder = Encoder(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
-        self.rope_dim = config.kv_channels // 2
+        self.head_dim = config.kv_channels
         self.rope_base = 10000.0 * config.rope_ratio
         self.rope = torch.empty(0)
 
@@ -200,7 +202,7 @@ class Transformer(nn.Module):
         end = start + input_ids.shape[1]
         if len(self.rope) < end or self.rope.device != x.device:
             with torch.inference_mode(False):  # made while decoding, it must still serve a training step
-                self.rope = rope_table(max(2 * end, 2048), self.rope_dim, self.rope_base, x.device)
+                self.rope = rope_table(max(2 * end, 2048), self.head_dim // 2, self.head_dim, self.rope_base, x.device)
         return self.encoder(x, self.rope[start:end].to(x.dtype), cache, start)
 
 
@@ -273,8 +275,8 @@ class ChatGLMForCausalLM(PreTrainedModel):
         return sum(checkpoint(self._loss, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks)
 
     def _loss(self, hidden, targets):
-        logits = self.transformer.output_layer(hidden).float()
-        return F.cross_entropy(logits, targets, reduction="sum")
+        log_probs = F.log_softmax(self.transformer.output_layer(hidden), dim=-1, dtype=torch.float32)
+        return F.nll_loss(log_probs, targets, reduction="sum")
 
     def new_cache(self, batch_size, length):
         """An empty key/value cache for `length` tokens: [layers, 2, B, G, length, D]."""

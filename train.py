@@ -157,7 +157,7 @@ class CUDAGraphs:
 
     def __init__(self, step, params, most=96):
         self.step, self.params, self.most = step, params, most
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+        self.graphs, self.pool, self.stream = {}, torch.cuda.MemPool(), torch.cuda.Stream()
 
     def __call__(self, *batch):
         shapes = tuple(tensor.shape for tensor in batch)
@@ -175,16 +175,14 @@ class CUDAGraphs:
         inputs = [tensor.clone() for tensor in batch]
         grads = [None if p.grad is None else p.grad.clone() for p in self.params]
         random_state = torch.cuda.get_rng_state()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            stream
-        ):  # a trial compiles, loads kernels and makes the gradients: that can't be captured
+        self.stream.wait_stream(torch.cuda.current_stream())
+        # A trial compiles, loads kernels and makes the gradients: that can't be captured.
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
             loss = self.step(*inputs)
         for param, grad in zip(self.params, grads, strict=True):  # as they were before the trial
             param.grad.zero_() if grad is None else param.grad.copy_(grad)
@@ -228,32 +226,35 @@ def updates(dataset, args, device):
             yield epoch, micro_batches
 
 
-def fit_in_memory(step, encoder, batch, wanted):
-    """Sets how many blocks recompute their activations (`wanted`: all, off, a number or auto), and tries it on `batch`, the
-    longest there is, so that memory doesn't run out later. Raises ValueError with what would fit."""
+def fit_in_memory(make_step, encoder, batch, wanted):
+    """→ make_step(N), with N blocks that recompute their activations (`wanted`: all, off, a number, or auto for the fewest
+    that fit), after it has run on `batch`, the longest there is: so memory doesn't run out later. Raises ValueError with
+    what would fit."""
     layers = len(encoder.layers)
-    cuda = batch[0].device.type == "cuda"
 
-    def peak(checkpointed_layers):
+    def try_out(checkpointed_layers):
+        """→ (step, its peak in bytes), or None if memory runs out"""
         encoder.checkpointed_layers = checkpointed_layers
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            step(*batch)
-            return torch.cuda.max_memory_allocated()
-        except torch.OutOfMemoryError:
+        step, peak = make_step(checkpointed_layers), 0
+        if batch[0].device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                step(*batch)
+                peak = torch.cuda.max_memory_allocated()
+            except torch.OutOfMemoryError:
+                step = None
             torch.cuda.empty_cache()
-            return math.inf
+        return (step, peak) if step else None
 
-    first = {"all": layers, "off": 0, "auto": 0}.get(wanted, wanted)
-    encoder.checkpointed_layers = min(first, layers)
-    if not cuda or peak(encoder.checkpointed_layers) < math.inf:
-        return
-    if wanted == "auto" and (least := peak(layers)) < math.inf:
-        a_layer = peak(layers - 1) - least  # what storing one more block's activations costs
-        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - least
-        for checkpointed_layers in range(max(1, layers - int(room / a_layer)), layers + 1):
-            if peak(checkpointed_layers) < math.inf:
-                return
+    found = try_out(min({"all": layers, "off": 0, "auto": 0}.get(wanted, wanted), layers))
+    if not found and wanted == "auto" and (least := try_out(layers)):
+        fewest = layers
+        if one_less := try_out(layers - 1):
+            room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - least[1]
+            fewest -= int(room / (one_less[1] - least[1]))  # what storing one more block's activations costs
+        found = next(filter(None, map(try_out, range(max(1, fewest), layers + 1))), None)
+    if found:
+        return found[0]
     rows, length = batch[0].shape
     raise ValueError(
         f"out of memory on the longest micro-batch, {rows} × {length} tokens; try a smaller --batch-size (with more "
@@ -271,27 +272,31 @@ def make_step(args, model, scaler, dataset):
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # autocast sees to it; peft would cast to fp32 first
     if args.compile:
+        torch._dynamo.config.specialize_float = True  # eps and LoRA's scale are constants, not inputs on the CPU
         for layer in encoder.layers:
             layer.compile(dynamic=True)  # one compilation for all lengths
-    step = partial(micro_step, model, scaler)
+    step, params = partial(micro_step, model, scaler), [p for p in model.parameters() if p.requires_grad]
+
+    def wrapped(checkpointed_layers):
+        # What can't be captured: checkpointing saves the random state, and 8-bit products wait for the device.
+        capturable = cuda and not checkpointed_layers and not args.load_in
+        if args.cuda_graphs and not capturable:
+            raise ValueError("--cuda-graphs can't replay checkpointed or quantised blocks; leave one of the two out")
+        return CUDAGraphs(step, params) if capturable and args.cuda_graphs is not False else step
+
     longest = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
     batch = data.collate([longest] * args.batch_size)
     batch = [batch[name].to(model.device) for name in TENSORS] + [torch.ones((), device=model.device)]
     started = time.perf_counter()
-    fit_in_memory(step, encoder, batch, args.gradient_checkpointing)
+    step = fit_in_memory(wrapped, encoder, batch, args.gradient_checkpointing)
     if cuda:
         shape, took = " × ".join(map(str, batch[0].shape)), time.perf_counter() - started
         print(f"memory   {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB ", end="")
         print(f"for the longest micro-batch, {shape} tokens, ", end="")
         print(f"{encoder.checkpointed_layers} of {len(encoder.layers)} blocks checkpointed (tried in {took:.1f} s)")
-    params = [p for p in model.parameters() if p.requires_grad]
-    for param in params:
-        param.grad = None
-    # What can't be captured: checkpointing saves the random state, and 8-bit products wait for the device.
-    capturable = cuda and not encoder.checkpointed_layers and not args.load_in
-    if args.cuda_graphs and not capturable:
-        raise ValueError("--cuda-graphs can't replay checkpointed or quantised blocks; leave one of the two out")
-    return CUDAGraphs(step, params) if capturable and args.cuda_graphs is not False else step
+        for param in params:
+            param.grad.zero_()  # the trial's
+    return step
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The fast paths give the plain path's run."""
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -130,3 +131,39 @@ def test_out_of_memory_is_told_before_anything_is_written(tmp_path, monkeypatch,
         train.main(["--output-dir", str(tmp_path / "out"), "--device", "cuda"])
     assert stop.value.code == 2 and not (tmp_path / "out").exists()
     assert "try a smaller --batch-size" in capsys.readouterr().err
+
+
+@cuda
+def test_partial_checkpointing_and_chunks_on_cuda_follow_the_plain_path(tmp_path, monkeypatch):
+    common = ["--no-cuda-graphs", "--lora-dropout", 0.1]
+    plain = run_training(tmp_path / "plain", *common, device="cuda")[0]
+    for blocks in (1, "all"):
+        flags = [*common, "--gradient-checkpointing", blocks]
+        losses = run_training(tmp_path / str(blocks), *flags, device="cuda")[0]
+        torch.testing.assert_close(losses, plain, rtol=1e-2, atol=0)
+    monkeypatch.setattr(chatglm, "LOSS_CHUNK", 64)
+    losses = run_training(tmp_path / "chunks", *common, device="cuda")[0]
+    torch.testing.assert_close(losses, plain, rtol=1e-2, atol=0)
+
+
+@cuda
+def test_auto_stores_what_fits(tmp_path, capsys):
+    """The memory that the allocator may take is cut down until not all blocks fit, and then not even one."""
+    file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "output": "a b c d " * 120}] * 64)
+    flags = ["--data", str(file), "--device", "cuda", "--batch-size", "64", "--max-steps", "1"]
+    total = torch.cuda.get_device_properties(0).total_memory
+    outcomes = []
+    try:
+        for mebibytes in (8000, *range(1500, 100, -50)):
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(mebibytes * 2**20 / total)
+            try:
+                train.main([*flags, "--output-dir", str(tmp_path / str(mebibytes))])
+                outcomes.append(int(re.search(r"(\d) of \d blocks checkpointed", capsys.readouterr().out)[1]))
+            except SystemExit as stop:
+                assert stop.code == 2 and "out of memory on the longest micro-batch" in capsys.readouterr().err
+                assert not (tmp_path / str(mebibytes)).exists()
+                break
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert outcomes == sorted(outcomes) and outcomes[0] == 0 and outcomes[-1] > 0 and len(outcomes) < 29
