@@ -111,7 +111,7 @@ def parse_args(argv=None):
         help="how many blocks recompute their activations in backward; auto: as few as memory allows",
     )
     group.add_argument("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
-    group.add_argument("--compile", action="store_true", help="compile the blocks: faster on CUDA, after a minute")
+    group.add_argument("--compile", action="store_true", help="compile the blocks: faster, after some seconds")
     group.add_argument(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
