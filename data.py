@@ -4,6 +4,7 @@ dataset = ConversationDataset(["dataset/sample.jsonl"], ChatGLMTokenizer("THUDM/
 """
 
 import difflib
+import hashlib
 import json
 import random
 import re
@@ -319,6 +320,7 @@ class ConversationDataset(Dataset):
             raise DataError(f"no sample has a token to learn within {max_length} tokens; raise --max-length")
         self.lengths = [sample.shape[1] for sample in self.samples]
         self.supervised = sum(int((sample[1] != IGNORE).sum()) for sample in self.samples)
+        self.digest = hashlib.sha256(b"".join(sample.numpy().tobytes() for sample in self.samples)).hexdigest()
 
     def __len__(self):
         return len(self.samples)
@@ -332,8 +334,7 @@ def collate(samples):
     """[(input_ids, labels)] → a micro-batch, padded on the right to the longest of them, to a multiple of 8:
 
     input_ids [B, T]; positions [N], where in the flattened [B × T] a supervised token is predicted; targets [N], those
-    tokens. N is padded too, to a multiple of 128 (position 0, target -100), so that few shapes occur. Counts: tokens that
-    are not padding, and those that are supervised.
+    tokens. N is padded too, to a multiple of 128 (position 0, target -100), so that few shapes occur.
     """
     length = max(len(input_ids) for input_ids, _ in samples)
     length += -length % 8  # tensor cores want multiples of 8
@@ -346,8 +347,6 @@ def collate(samples):
         "input_ids": input_ids,
         "positions": F.pad(positions, fill),
         "targets": F.pad(labels.flatten()[positions], fill, value=IGNORE),
-        "tokens": sum(len(ids) for ids, _ in samples),
-        "supervised": len(positions),
     }
 
 

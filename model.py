@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, C hidden size, H query heads, G key/value groups, D c
 
 import copy
 import difflib
+import hashlib
 import importlib.util
 import logging
 import os
@@ -28,6 +29,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 ADAPTER_DIR = "output/ChatGLM"  # where train.py writes and infer.py looks
 LOSS_CHUNK = 2048  # positions whose logits are held at a time
+SHAPE = "num_layers hidden_size ffn_hidden_size num_attention_heads multi_query_group_num kv_channels padded_vocab_size"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -350,6 +352,23 @@ def quiet_libraries():
     transformers.utils.logging.disable_progress_bar()
     for name in ("huggingface_hub", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def fingerprint(model, samples=1024):
+    """What tells one base from another, whatever dtype either was loaded in: {"shape": the config's sizes, "fixed":
+    a digest of what is never quantised, "matrices": one of the blocks' matrices, None if they are}. The digests are of the
+    signs, which rounding keeps, of some weights of every tensor. To be taken before LoRA wraps the model."""
+    groups = {"fixed": [], "matrices": []}
+    for name, param in sorted(model.named_parameters()):
+        groups["matrices" if ".layers." in name and param.ndim > 1 else "fixed"].append(param.detach())
+    result = {"shape": {name: getattr(model.config, name) for name in SHAPE.split()}}
+    for group, params in groups.items():
+        if all(param.is_floating_point() for param in params):
+            some = [p.flatten()[:: max(1, p.numel() // samples)].signbit() for p in params]
+            result[group] = hashlib.sha256(bytes(torch.cat(some).tolist())).hexdigest()  # one transfer from the device
+        else:
+            result[group] = None
+    return result
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------

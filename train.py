@@ -5,20 +5,27 @@ python train.py --model THUDM/chatglm3-6b --data huanhuan.json --system "…"  #
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -121,6 +128,15 @@ def parse_args(argv=None):
     group = parser.add_argument_group("progress")
     group.add_argument("--logging-steps", type=number(1), default=10, help="updates between lines of metrics.jsonl")
     group.add_argument("--save-steps", type=number(1), default=100, help="updates between checkpoints")
+    group.add_argument("--keep-checkpoints", type=number(1), metavar="N", help="keep the newest N only")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="CHECKPOINT",
+        help="continue the run in --output-dir from its newest checkpoint, or from one of them",
+    )
+    group.add_argument("--overwrite", action="store_true", help="start anew where --output-dir has a run already")
 
     if parser.parse_args(argv).model is None:
         parser.set_defaults(**TINY_PRESET)
@@ -189,17 +205,19 @@ class CUDAGraphs:
         return graph, inputs, loss
 
 
-def train_update(step, micro_batches, optimizer, scaler, max_grad_norm):
-    """One optimiser step on the mean loss over the supervised tokens of all `micro_batches`, however they are split; `step`
-    is micro_step for a model. → (that loss, the gradients' norm before clipping), on the device. A norm that is not finite
-    means that GradScaler skipped the step and lowered its scale."""
+def train_update(step, micro_batches, supervised, optimizer, scaler, max_grad_norm):
+    """One optimiser step on the mean loss over `supervised` tokens: those of all `micro_batches` of all processes, however
+    they are split; `step` is micro_step for a model. → (that loss, the gradients' norm before clipping), on the device. A
+    norm that is not finite means that GradScaler skipped the step and lowered its scale."""
     params = optimizer.param_groups[0]["params"]
     device = params[0].device
-    supervised = torch.full((), sum(batch["supervised"] for batch in micro_batches), device=device)
-    loss = 0
+    supervised = torch.full((), supervised, device=device)
+    loss = torch.zeros((), device=device)
     for batch in micro_batches:
         tensors = (batch[name].to(device, non_blocking=True) for name in TENSORS)
         loss = loss + step(*tensors, supervised)
+    if dist.is_initialized():
+        loss = add_up(loss, [p.grad for p in params])
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
     scaler.step(optimizer)
@@ -208,22 +226,46 @@ def train_update(step, micro_batches, optimizer, scaler, max_grad_norm):
     return loss, grad_norm
 
 
+def add_up(loss, grads):
+    """Over the processes, in one message: → the loss; the gradients in place."""
+    flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
+    dist.all_reduce(flat)
+    sums = flat[1:].split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(sums, grads, strict=True)])
+    return flat[0]
+
+
+def processes():
+    """→ (this one's number, how many torchrun started)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def samples_per_step(args):
-    return args.batch_size * args.gradient_accumulation_steps
+    return args.batch_size * args.gradient_accumulation_steps * processes()[1]
 
 
-def updates(dataset, args, device):
-    """Yields (epoch, the micro-batches of one update) without end."""
-    split = args.batch_size
-    for epoch in itertools.count():
-        loader = DataLoader(
-            dataset,
-            batch_sampler=data.batch_order(dataset.lengths, samples_per_step(args), args.seed, epoch),
-            collate_fn=lambda samples: [data.collate(samples[i : i + split]) for i in range(0, len(samples), split)],
-            pin_memory=device.type == "cuda",
-        )
-        for micro_batches in loader:
-            yield epoch, micro_batches
+def batch_order(dataset, args, epoch):
+    return data.batch_order(dataset.lengths, samples_per_step(args), args.seed, epoch)
+
+
+def updates(dataset, args, device, first=0):
+    """Yields (epoch, this process's micro-batches, counts of samples, tokens and supervised tokens of all processes) of
+    update number `first` and those after it, without end."""
+    rank, size = processes()
+
+    def split(samples):
+        parts = [samples[i : i + args.batch_size] for i in range(0, len(samples), args.batch_size)]
+        micro_batches = [data.collate(part) for part in parts[rank::size]]
+        tokens = sum(len(input_ids) for input_ids, _ in samples)
+        supervised = sum(int((labels[1:] != data.IGNORE).sum()) for _, labels in samples)
+        return micro_batches, {"samples": len(samples), "tokens": tokens, "supervised": supervised}
+
+    start, skip = divmod(first, len(batch_order(dataset, args, 0)))
+    for epoch in itertools.count(start):
+        order = batch_order(dataset, args, epoch)[skip:]
+        for batch in DataLoader(dataset, batch_sampler=order, collate_fn=split, pin_memory=device.type == "cuda"):
+            yield epoch, *batch
+        skip = 0
 
 
 def fit_in_memory(make_step, encoder, batch, wanted):
@@ -294,38 +336,233 @@ def make_step(args, model, scaler, dataset):
         print(f"memory   {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB ", end="")
         print(f"for the longest micro-batch, {shape} tokens, ", end="")
         print(f"{encoder.checkpointed_layers} of {len(encoder.layers)} blocks checkpointed (tried in {took:.1f} s)")
-        for param in params:
-            param.grad.zero_()  # the trial's
+    for param in params:  # a trial left gradients, in the tensors that a graph adds to
+        param.grad = torch.zeros_like(param) if param.grad is None else param.grad.zero_()
     return step
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "training_args.json")
+STATE = ("training_state.safetensors", "training_state.json", "metrics.jsonl")
+# Where a run is. The sums are those since the last line of metrics.
+START = {"step": 0, "loss": 0.0, "supervised": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
+# Arguments that may change when a run is resumed: they say where files are, or what run_identity has in another form.
+FREE = "model data device dtype batch_size gradient_accumulation_steps output_dir save_steps keep_checkpoints resume overwrite"
+
+
+def run_identity(args, model, dataset):
+    """What has to be the same for a run to continue as if nothing had happened: name → value."""
+    same = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE.split()}
+    same["--device"], same["--dtype"] = model.device.type, str(model.dtype)[6:]
+    same["--batch-size × --gradient-accumulation-steps × processes"] = samples_per_step(args)
+    return same | {"--model": chatglm.fingerprint(model), "--data": dataset.digest}
+
+
+def write_adapter(directory, peft_model, args):
+    """The adapter in peft's layout, and the arguments that it was trained with: infer.py reads the system message there."""
+    chatglm.save_adapter(peft_model, directory)
+    kept = {k: v for k, v in vars(args).items() if k not in ("output_dir", "resume", "overwrite")}
+    Path(directory, "training_args.json").write_text(json.dumps(kept, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def save_checkpoint(output_dir, peft_model, optimizer, scaler, progress, run, args):
+    """Writes checkpoint-N, from which the run can go on bit for bit: the adapter, AdamW's moments, the scaler, `progress`
+    (place in the data, sums since the last line of metrics), the metrics so far, and `run` (run_identity). There is no
+    random state to keep: dropout is seeded anew for each update. SHA256SUMS tells whether all of it is whole."""
+    directory = output_dir / f"checkpoint-{progress['step']}"
+    part = fresh(directory.with_suffix(".part"))
+    write_adapter(part, peft_model, args)
+    moments = optimizer.state_dict()["state"]
+    tensors = {f"{i}.{name}": t.cpu() for i, state in moments.items() for name, t in state.items()}
+    (part / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
+    progress = {name: value.item() if torch.is_tensor(value) else value for name, value in progress.items()}
+    state = {"progress": progress, "scaler": scaler.state_dict(), "run": run}
+    (part / "training_state.json").write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    shutil.copyfile(output_dir / "metrics.jsonl", part / "metrics.jsonl")
+    sums = "".join(f"{sha256(part / name)}  {name}\n" for name in ADAPTER + STATE)
+    (part / "SHA256SUMS").write_text(sums)
+    flush(part)
+    if directory.exists():  # a damaged one, or the same: a run that went back passes here again
+        shutil.rmtree(directory)
+    os.replace(part, directory)
+    flush(output_dir, files=False)
+    for old in checkpoints(output_dir)[args.keep_checkpoints or sys.maxsize :]:
+        shutil.rmtree(old)
+
+
+def save_result(output_dir, peft_model, args):
+    """Puts the adapter into `output_dir`, each file whole or not at all."""
+    part = fresh(output_dir / "adapter.part")
+    write_adapter(part, peft_model, args)
+    flush(part)
+    for file in part.iterdir():
+        os.replace(file, output_dir / file.name)
+    part.rmdir()
+
+
+def fresh(directory):
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    return directory
+
+
+def flush(directory, files=True):
+    """To the disk: a directory's names, and the files in it."""
+    for path in [*(directory.iterdir() if files else ()), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def checkpoints(output_dir):
+    """The newest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,9}", p.name)]
+    return sorted(found, key=lambda p: -int(p.name.partition("-")[2]))
+
+
+def is_whole(checkpoint):
+    try:
+        lines = (checkpoint / "SHA256SUMS").read_text("ascii").splitlines()
+        return lines == [f"{sha256(checkpoint / name)}  {name}" for name in ADAPTER + STATE]
+    except (OSError, ValueError):
+        return False
+
+
+def find_checkpoint(output_dir, wanted):
+    """--resume's checkpoint: the newest that is whole, or the one named; None where no run has got so far. Raises
+    ValueError if there is none to continue from."""
+    if wanted != "newest":
+        if not is_whole(Path(wanted)):
+            raise ValueError(f"--resume {wanted}: no whole checkpoint; --resume alone takes the newest that is")
+        return Path(wanted)
+    found = checkpoints(output_dir)
+    for checkpoint in found:
+        if is_whole(checkpoint):
+            return checkpoint
+        print(f"{checkpoint} is damaged (see its SHA256SUMS); going back to the one before", file=sys.stderr)
+    if found or (output_dir / "adapter_model.safetensors").exists():
+        raise ValueError(f"{output_dir} has no whole checkpoint to resume from; --overwrite starts anew")
+    print(f"{output_dir} has no checkpoint yet: from the start")
+    return None
+
+
+def resume(checkpoint, run, optimizer, scaler):
+    """Sets `optimizer` and `scaler` as they were → progress (see save_checkpoint). Raises ValueError if the checkpoint is of
+    another run than `run` (run_identity), or isn't what save_checkpoint writes."""
+    params = optimizer.param_groups[0]["params"]
+    shapes = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in params]
+    try:
+        state = json.loads((checkpoint / "training_state.json").read_text("utf-8"))
+        changed = [name for name in run if state["run"].get(name) != run[name]]
+        progress = {name: type(value)(state["progress"][name]) for name, value in START.items()}
+        tensors = load_file(checkpoint / "training_state.safetensors")
+        moments = {i: {name: tensors[f"{i}.{name}"] for name in shapes[i]} for i in range(len(params)) if tensors}
+        if progress["step"] < 0 or any(
+            moments[i][name].shape != shapes[i][name] for i in moments for name in shapes[i]
+        ):
+            raise ValueError("training_state doesn't fit the adapter")
+        if not changed:
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            scaler.load_state_dict(state["scaler"])
+    except Exception as error:  # whatever files that this program didn't write make the readers raise
+        raise ValueError(f"{checkpoint}: not a checkpoint of train.py: {chatglm.brief(error)}") from error
+    if changed:
+        told = [n if n in ("--model", "--data") else f"{n} was {state['run'].get(n)}, is {run[n]}" for n in changed]
+        raise ValueError(f"{checkpoint} is of a run with other settings: {'; '.join(told)}; --overwrite starts anew")
+    return progress
+
+
+def start_writing(output_dir, checkpoint):
+    """→ metrics.jsonl, open, with the lines up to `checkpoint`. Without one, what an earlier run left is removed."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
+    for part in [*output_dir.glob("checkpoint-*.part"), *output_dir.glob("adapter.part")]:
+        shutil.rmtree(part)
+    if not checkpoint:
+        for old in checkpoints(output_dir):
+            shutil.rmtree(old)
+        for name in ADAPTER:
+            (output_dir / name).unlink(missing_ok=True)
+    metrics = open(output_dir / "metrics.jsonl", "wb", buffering=0)
+    metrics.write(lines)
+    return metrics
+
+
+@contextmanager
+def writing(output_dir):
+    """Where the disk is full or gone: says so, and where the run can go on."""
+    try:
+        yield
+    except OSError as error:
+        for part in [*output_dir.glob("checkpoint-*.part"), *output_dir.glob("adapter.part")]:
+            shutil.rmtree(part, ignore_errors=True)
+        whole = next(filter(is_whole, checkpoints(output_dir)), None)
+        rest = f"{whole} is whole, --resume goes on from there" if whole else "there is no checkpoint yet"
+        raise OSError(f"{output_dir}: cannot write: {error.strerror or error}; {rest}") from error
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def save(peft_model, directory, args):
-    """Writes the adapter, and the arguments it was trained with (infer.py reads the system message there), to `directory`.
-    They are written beside it first and then renamed: a file, and a new directory, is there whole or not at all."""
-    part = directory.with_name(f"{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    chatglm.save_adapter(peft_model, part)
-    text = json.dumps(vars(args), ensure_ascii=False, indent=2)
-    (part / "training_args.json").write_text(text + "\n", "utf-8")
-    if not directory.exists():
-        os.replace(part, directory)
+def start_processes(args):
+    """Where torchrun started several, they find each other, one GPU each; elsewhere there is nothing to do."""
+    if not dist.is_torchelastic_launched():
         return
-    for file in part.iterdir():
-        os.replace(file, directory / file.name)
-    part.rmdir()
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs there are")
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.get_rank():  # only the first process prints
+        sys.stdout = open(os.devnull, "w")
+
+
+def catch_signals():
+    """→ a list: the first SIGINT or SIGTERM is put there, for the loop to end after its update. A second one ends the
+    program at once."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this update; once more to stop at once\n")
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, receive)
+    return received
+
+
+def agreed(received):
+    """The signal that any process received, 0 for none."""
+    number = received[0] if received else 0
+    if dist.is_initialized():
+        number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
 
 
 def set_up(args):
-    """→ (peft model, tokenizer, dataset). Every mistake of the user's is found here, before anything is written: raises
-    ValueError or OSError with a message for them."""
+    """→ (peft model, tokenizer, dataset, what makes this run itself, the checkpoint to go on from or None). Every mistake of
+    the user's is found here, before anything is written: raises ValueError or OSError with a message for them."""
     for text in (args.output_dir, args.system or "", *args.data):
         text.encode()  # training_args.json keeps them: UnicodeEncodeError, a ValueError, for bytes that are not UTF-8
-    there = next(p for p in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents) if p.exists())
+    output_dir = Path(args.output_dir)
+    there = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
     if not args.output_dir or not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{args.output_dir}: cannot write there; choose another --output-dir")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite starts it anew: leave one of the two out")
+    if not args.resume and not args.overwrite and output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir} is not empty; --resume goes on with the run there, --overwrite starts anew")
+    checkpoint = find_checkpoint(output_dir, args.resume) if args.resume else None
     path = chatglm.find_model(args.model)
     tokenizer = data.ChatGLMTokenizer(path)
     dataset = data.ConversationDataset(args.data, tokenizer, args.max_length, args.system)
@@ -337,12 +574,32 @@ def set_up(args):
     total = sum(p.numel() for p in model.parameters())
     took = time.perf_counter() - start
     print(f"model    {path}: {total:,} parameters, {str(model.dtype)[6:]} on {model.device}, loaded in {took:.1f} s")
+    run = run_identity(args, model, dataset)
+    if checkpoint:
+        return chatglm.load_adapter(model, checkpoint, is_trainable=True), tokenizer, dataset, run, checkpoint
     torch.manual_seed(args.seed)
     targets = args.target_modules
     if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
         targets = targets[0]  # a regular expression
     peft_model = chatglm.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.modules_to_save)
-    return peft_model, tokenizer, dataset
+    return peft_model, tokenizer, dataset, run, None
+
+
+def check_finite(progress, scaler, dataset, args):
+    """Raises ValueError where the last updates' gradients were not finite: GradScaler gets over a few by lowering its scale,
+    but without it the first one has spoilt the adapter."""
+    in_a_row = int(progress["skipped_in_a_row"])
+    if in_a_row < (20 if scaler.is_enabled() else 1):
+        return
+    first = progress["step"] - in_a_row
+    per_epoch = len(batch_order(dataset, args, 0))
+    batch = batch_order(dataset, args, first // per_epoch)[first % per_epoch]
+    whole = next(filter(is_whole, checkpoints(Path(args.output_dir))), None)
+    raise ValueError(
+        f"the loss has not been a finite number since update {first + 1}, of the samples at "
+        f"{', '.join(dataset.places[i] for i in batch)}; the last good checkpoint is {whole or 'none'}; look at these "
+        "samples, or try a lower --learning-rate"
+    )
 
 
 def describe(args, peft_model, tokenizer, dataset, total_steps):
@@ -363,90 +620,136 @@ def describe(args, peft_model, tokenizer, dataset, total_steps):
     print(f"updates  {total_steps:,}, each of {size}", flush=True)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+def train(args):
+    """The whole run. Raises ValueError or OSError with a message for the user."""
+    start_processes(args)
+    rank, size = processes()
     if args.model is None:
         print("The built-in tiny model, random weights. For the real job: --model DIR_OR_HUB_ID --data FILE")
-    chatglm.quiet_libraries()
-    try:
-        peft_model, tokenizer, dataset = set_up(args)
-        total_steps = args.max_steps or args.epochs * math.ceil(len(dataset) / samples_per_step(args))
-        describe(args, peft_model, tokenizer, dataset, total_steps)
-        model = peft_model.get_base_model().train()  # the network itself, LoRA layers inside: no wrapper around it
-        if args.model is None and model.device.type == "cpu":
-            torch.set_num_threads(1)  # its matrices are too small to share; waiting for a busy core costs more
-        scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
-        step_fn = make_step(args, model, scaler, dataset)
-    except (ValueError, OSError) as error:
-        sys.stderr.writelines(f"train.py: error: {line}\n" for line in str(error).splitlines())
-        sys.exit(2)
+    peft_model, tokenizer, dataset, run, checkpoint = set_up(args)
+    total_steps = args.max_steps or args.epochs * math.ceil(len(dataset) / samples_per_step(args))
+    describe(args, peft_model, tokenizer, dataset, total_steps)
+    model = peft_model.get_base_model().train()  # the network itself, LoRA layers inside: no wrapper around it
+    if args.model is None and model.device.type == "cpu":
+        torch.set_num_threads(1)  # its matrices are too small to share; waiting for a busy core costs more
+    device, params = model.device, [p for p in model.parameters() if p.requires_grad]
+    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
+    optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    progress = dict(START)
+    if checkpoint:
+        progress = resume(checkpoint, run, optimizer, scaler)
+        print(f"resumed  {checkpoint}, {progress['step']:,} of {total_steps:,} updates done")
+    step_fn = make_step(args, model, scaler, dataset)
+    scaler.scale(torch.zeros((), device=device))  # puts the scale there, should this process have no share of an update
+    if dist.is_initialized():
+        dist.barrier()  # nothing is written before every process got here
 
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics = start_writing(output_dir, checkpoint) if rank == 0 else open(os.devnull, "wb")
+    quiet = dict(disable=rank > 0, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
+    bar = tqdm(total=total_steps, initial=progress["step"], unit="update", **quiet)
+    received, stop = catch_signals(), 0
+    samples, tokens, started = 0, 0, time.perf_counter()
+    window_started = started
 
-    torch.manual_seed(args.seed)
-    device = model.device
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    metrics = open(output_dir / "metrics.jsonl", "w", encoding="utf-8")
-    bar = tqdm(total=total_steps, unit="update", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
-    # Sums since the last line of metrics; those on the device are read only there, because reading waits for the device.
-    window_loss, overflows, supervised, tokens, started = 0.0, 0, 0, 0, time.perf_counter()
-    all_samples, all_tokens, training_started = 0, 0, started
-
-    for step, (epoch, micro_batches) in enumerate(itertools.islice(updates(dataset, args, device), total_steps), 1):
+    rest = itertools.islice(updates(dataset, args, device, progress["step"]), total_steps - progress["step"])
+    for step, (epoch, micro_batches, counts) in enumerate(rest, progress["step"] + 1):
         lr = learning_rate(step - 1, total_steps, args.learning_rate, args.warmup_steps, args.lr_schedule)
         optimizer.param_groups[0]["lr"] = lr
-        loss, grad_norm = train_update(step_fn, micro_batches, optimizer, scaler, args.max_grad_norm)
+        torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))  # of dropout
+        supervised = counts["supervised"]
+        loss, grad_norm = train_update(step_fn, micro_batches, supervised, optimizer, scaler, args.max_grad_norm)
 
-        count = sum(batch["supervised"] for batch in micro_batches)
-        window_loss += loss * count
-        supervised += count
-        tokens += sum(batch["tokens"] for batch in micro_batches)
-        all_samples += sum(len(batch["input_ids"]) for batch in micro_batches)
-        overflows += ~torch.isfinite(grad_norm)
+        # On the device: reading waits for it, so it is read only where a line is logged or a checkpoint saved.
+        overflow = ~torch.isfinite(grad_norm)
+        progress["step"] = step
+        progress["loss"] += loss * supervised
+        progress["supervised"] += supervised
+        progress["tokens"] += counts["tokens"]
+        progress["skipped"] += overflow
+        progress["skipped_in_a_row"] = (progress["skipped_in_a_row"] + 1) * overflow
+        samples, tokens = samples + counts["samples"], tokens + counts["tokens"]
         bar.update()
-        log, checkpoint = step % args.logging_steps == 0 or step == total_steps, step % args.save_steps == 0
-        if (log or checkpoint) and not scaler.is_enabled() and int(overflows):
-            bar.close()
-            sys.exit(f"train.py: update {step}: the loss is no longer a finite number; try a lower --learning-rate")
+
+        last = step == total_steps
+        log, save = step % args.logging_steps == 0 or last, step % args.save_steps == 0 or last
+        if log or save:
+            check_finite(progress, scaler, dataset, args)
         if log:
-            mean = float(window_loss) / supervised  # over the supervised tokens since the last line
+            mean = float(progress["loss"]) / progress["supervised"]  # over the supervised tokens since the last line
             line = {
                 "step": step,
                 "epoch": epoch,
                 "loss": mean if math.isfinite(mean) else None,
                 "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,  # None: this update overflowed
                 "learning_rate": lr,
-                "tokens": tokens,
+                "tokens": progress["tokens"],
                 "loss_scale": scaler.get_scale(),
-                "skipped": int(overflows),  # updates since the start that GradScaler skipped
+                "skipped": int(progress["skipped"]),  # updates since the start that GradScaler skipped
             }
-            metrics.write(json.dumps(line, allow_nan=False) + "\n")
-            metrics.flush()
-            speed = tokens / (time.perf_counter() - started)
-            overflow = {"skipped": line["skipped"]} if line["skipped"] else {}
-            bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflow})
-            all_tokens += tokens
-            window_loss, supervised, tokens, started = 0.0, 0, 0, time.perf_counter()
-        if checkpoint:
-            save(peft_model, output_dir / f"checkpoint-{step}", args)
+            with writing(output_dir):
+                metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            speed = progress["tokens"] / (time.perf_counter() - window_started)
+            overflows = {"skipped": line["skipped"]} if line["skipped"] else {}
+            bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflows})
+            progress |= {"loss": 0.0, "supervised": 0, "tokens": 0}
+            window_started = time.perf_counter()
+        if log or save or size == 1:  # several processes have to stop together
+            stop = agreed(received)
+        if (save or stop) and rank == 0:
+            with writing(output_dir):
+                save_checkpoint(output_dir, peft_model, optimizer, scaler, progress, run, args)
+        if stop:
+            bar.close()
+            print(
+                f"stopped  after update {step}, which {output_dir}/checkpoint-{step} holds; --resume goes on from there"
+            )
+            sys.exit(128 + stop)
 
     bar.close()
     metrics.close()
-    save(peft_model, output_dir, args)
-    took = time.perf_counter() - training_started
-    print(f"speed    {all_samples:,} samples in {took:.1f} s: ", end="")
-    print(f"{all_samples / took:.1f} samples/s, {all_tokens / took:,.0f} tokens/s")
+    if rank == 0:
+        with writing(output_dir):
+            save_result(output_dir, peft_model, args)
+    took = time.perf_counter() - started
+    if samples:
+        print(
+            f"speed    {samples:,} samples in {took:.1f} s: {samples / took:.1f} samples/s, {tokens / took:,.0f} tokens/s"
+        )
+    else:
+        print("finished before: there was nothing left to do")
     if scaler.is_enabled():
-        print(f"         {int(overflows)} updates skipped because fp16 overflowed; loss scale {scaler.get_scale():g}")
+        skipped = int(progress["skipped"])
+        print(f"         {skipped} updates skipped because fp16 overflowed; loss scale {scaler.get_scale():g}")
     if device.type == "cuda":
         print(f"         peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     adapter = "" if args.output_dir == chatglm.ADAPTER_DIR else f" --adapter {shlex.quote(args.output_dir)}"
     print(f"saved    {output_dir}/adapter_model.safetensors; try it:")
     infer = os.path.relpath(Path(__file__).with_name("infer.py"))
     print(f'         python {infer}{adapter} --prompt "你是谁？"')
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    chatglm.quiet_libraries()
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # before the first update: there is nothing to save
+    except Exception as error:
+        rank, size = processes()
+        if rank or (size > 1 and isinstance(error, RuntimeError)):
+            # Another process may have failed first, or in the same way: then torchrun ends this one, and it's told once.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        if not isinstance(error, ValueError | OSError):
+            raise
+        name = f"train.py: process {rank}" if rank else "train.py"
+        sys.stderr.writelines(f"{name}: error: {line}\n" for line in str(error).splitlines())
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,12 @@ def test_an_update_never_waits_for_the_device(graphs):
     step = partial(train.micro_step, model.train().get_base_model(), scaler)
     step = train.CUDAGraphs(step, params) if graphs else step
     batch = data.collate(random_samples([20, 30], 1400))
-    batch = {name: value.pin_memory() if torch.is_tensor(value) else value for name, value in batch.items()}
-    train.train_update(step, [batch, batch], optimizer, scaler, 1.0)  # what is made once may wait
+    batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    train.train_update(step, [batch, batch], 66, optimizer, scaler, 1.0)  # what is made once may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, _ = train.train_update(step, [batch, batch], optimizer, scaler, 1.0)
+        loss, _ = train.train_update(step, [batch, batch], 66, optimizer, scaler, 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(loss)

@@ -25,7 +25,8 @@ def update(peft_model, micro_batches, optimizer, scaler=None):
     """One update as train.py's loop makes it → (loss, norm)"""
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     step = partial(train.micro_step, peft_model.get_base_model(), scaler)
-    return train.train_update(step, micro_batches, optimizer, scaler, max_grad_norm=1.0)
+    supervised = sum(int((batch["targets"] != data.IGNORE).sum()) for batch in micro_batches)
+    return train.train_update(step, micro_batches, supervised, optimizer, scaler, max_grad_norm=1.0)
 
 
 # --- the update -------------------------------------------------------------------------------------------------------
@@ -129,15 +130,19 @@ def test_overflows_are_counted_and_shown(tmp_path, monkeypatch, capsys):
     assert f"skipped={skipped}" in shown.err
 
 
-def test_a_run_that_diverges_stops_and_saves_nothing(tmp_path, monkeypatch):
+def test_a_run_that_diverges_stops_and_saves_nothing(tmp_path, tokenizer, monkeypatch, capsys):
     loss = chatglm.ChatGLMForCausalLM.summed_loss
     monkeypatch.setattr(chatglm.ChatGLMForCausalLM, "summed_loss", lambda *args: loss(*args) * torch.nan)
     flags = "--max-steps 9 --save-steps 5 --dtype fp32 --device cpu".split()
-    with pytest.raises(
-        SystemExit, match="update 5: the loss is no longer a finite number; try a lower --learning-rate"
-    ):
+    with pytest.raises(SystemExit) as stop:
         train.main([*flags, "--output-dir", str(tmp_path)])
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert stop.value.code == 2 and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    told = capsys.readouterr().err
+    assert (
+        "not been a finite number since update 1, of the samples at" in told and "last good checkpoint is none" in told
+    )
+    first = data.batch_order(data.ConversationDataset([data.SAMPLE], tokenizer, 512).lengths, 8, 42, 0)[0]
+    assert all(f"sample.jsonl:{i + 1}" in told for i in first)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -187,10 +192,10 @@ def test_a_run_writes_what_it_says_and_repeats_bit_for_bit(tmp_path):
     assert [r.returncode for r in runs] == [0, 0], runs[0].stderr
     names = sorted(str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*") if p.is_file())
     adapter = ["adapter_config.json", "adapter_model.safetensors", "training_args.json"]
-    assert names == sorted([*adapter, "metrics.jsonl", *(f"checkpoint-{n}/{f}" for n in (3, 6) for f in adapter)])
+    whole = [*adapter, "metrics.jsonl", "training_state.json", "training_state.safetensors", "SHA256SUMS"]
+    assert names == sorted([*adapter, "metrics.jsonl", *(f"checkpoint-{n}/{f}" for n in (3, 6, 7) for f in whole)])
     for name in names:
-        if not name.endswith("training_args.json"):  # it names the output directory
-            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["epoch"]) for line in lines] == [(2, 0), (4, 1), (6, 1), (7, 2)]
     out = runs[0].stdout

@@ -93,11 +93,12 @@ def measure_loop(base, dataset, arguments, updates):
     step = train.make_step(args, model, scaler, dataset)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, fused=model.device.type == "cuda")
-    batches = [batch for _, batch in islice(train.updates(dataset, args, model.device), updates)]
+    batches = list(islice(train.updates(dataset, args, model.device), updates))
 
     def run():
-        for micro_batches in batches:
-            loss, _ = train.train_update(step, micro_batches, optimizer, scaler, args.max_grad_norm)
+        for _, micro_batches, counts in batches:
+            supervised = counts["supervised"]
+            loss, _ = train.train_update(step, micro_batches, supervised, optimizer, scaler, args.max_grad_norm)
         return loss
 
     first = run().item()
@@ -105,13 +106,12 @@ def measure_loop(base, dataset, arguments, updates):
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(run, model.device)
-    micro_batches = [micro for batch in batches for micro in batch]
     checkpointed = model.transformer.encoder.checkpointed_layers > 0
     result = dict(
         seconds=seconds,
-        samples=sum(len(b["input_ids"]) for b in micro_batches),
-        tokens=sum(b["tokens"] for b in micro_batches),
-        padded=sum(b["input_ids"].numel() for b in micro_batches),
+        samples=sum(counts["samples"] for _, _, counts in batches),
+        tokens=sum(counts["tokens"] for _, _, counts in batches),
+        padded=sum(batch["input_ids"].numel() for _, micro_batches, _ in batches for batch in micro_batches),
         checkpointed=checkpointed,
         note=f"warm-up {warm_up:.0f} s, loss {first:.3f}",
     )

@@ -1,0 +1,390 @@
+"""A run that is stopped in whatever way goes on as if nothing had happened; several processes make the run of one."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run, write_jsonl
+
+import train
+
+RUN = (
+    "--max-steps 30 --save-steps 2 --logging-steps 3 --batch-size 2 --gradient-accumulation-steps 2 --lora-dropout 0.1"
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """start(*arguments, **environment) → a process that runs train.py, forked from one that has imported it, and writes
+    what it prints to the file .log"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    os.environ["PYTHONPATH"] = str(ROOT)
+    logs, numbers = tmp_path_factory.mktemp("logs"), itertools.count()
+
+    def start(*arguments, **environment):
+        log = logs / str(next(numbers))
+        process = context.Process(target=main, args=([str(a) for a in arguments], environment, log))
+        process.log = log
+        process.start()
+        return process
+
+    return start
+
+
+def main(arguments, environment, log):
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    train.main(arguments)
+
+
+def finish(process, code=0):
+    process.join(120)
+    assert process.exitcode == code, process.log.read_text()
+    return process.log.read_text()
+
+
+def outcome(directory):
+    """What has to be equal bit for bit: adapter, AdamW's moments, counters, metrics."""
+    last = train.checkpoints(directory)[0]
+    files = [directory / "adapter_model.safetensors", directory / "metrics.jsonl"]
+    return [file.read_bytes() for file in [*files, *(last / name for name in train.STATE)]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device):
+    arguments = [*RUN.split(), "--device", device, "--no-cuda-graphs", "--output-dir"]
+    finish(start(*arguments, tmp_path / "warm-up"))
+    began = time.perf_counter()
+    finish(start(*arguments, tmp_path / "undisturbed"))
+    duration = time.perf_counter() - began
+    wanted = outcome(tmp_path / "undisturbed")
+    moments = random.Random(0)
+    resumed = in_saving = 0
+    for kill in range(20 if device == "cpu" else 6):
+        directory = tmp_path / str(kill)
+        process = start(*arguments, directory)
+        if kill % 4:
+            time.sleep(moments.uniform(0, 0.95 * duration))
+        else:  # while a checkpoint is written
+            wait_for(lambda: list(directory.glob("*.part")), process)  # noqa: B023
+            time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        in_saving += any(directory.glob("*.part"))
+        resumed += any(map(train.is_whole, train.checkpoints(directory)))
+        finish(start(*arguments, directory, "--resume"))
+        assert outcome(directory) == wanted
+        assert not list(directory.glob("*.part"))
+        shutil.rmtree(directory)
+    assert resumed > 2 and in_saving > 1
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.is_alive()
+        time.sleep(0.001)
+
+
+def begun(directory):
+    """The first line of metrics is there."""
+    file = directory / "metrics.jsonl"
+    return file.exists() and file.stat().st_size
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_update_and_saves(tmp_path, start, number):
+    arguments = [*RUN.split(), "--save-steps", 1000, "--output-dir"]
+    finish(start(*arguments, tmp_path / "undisturbed"))
+    process = start(*arguments, tmp_path / "out")
+    wait_for(lambda: begun(tmp_path / "out"), process)
+    os.kill(process.pid, number)
+    told = finish(process, 128 + number)
+    step = int(re.search(r"stopped  after update (\d+), which .*; --resume goes on from there", told)[1])
+    assert [p.name for p in train.checkpoints(tmp_path / "out")] == [f"checkpoint-{step}"]
+    told = finish(start(*arguments, tmp_path / "out", "--resume"))
+    assert f"checkpoint-{step}, {step} of 30 updates done" in told
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "undisturbed")
+
+
+def test_a_second_signal_ends_at_once(tmp_path, start):
+    size = ["--batch-size", 1, "--gradient-accumulation-steps", 10**6]  # an update that takes minutes
+    file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "output": "a"}] * 10_000)
+    process = start(*RUN.split(), *size, "--data", file, "--output-dir", tmp_path / "out")
+    wait_for((tmp_path / "out" / "metrics.jsonl").exists, process)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(lambda: "stopping after this update; once more" in process.log.read_text(), process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == -signal.SIGINT and not train.checkpoints(tmp_path / "out")
+
+
+# --- what --resume takes ----------------------------------------------------------------------------------------------
+
+SHORT = "--max-steps 6 --save-steps 2 --logging-steps 1 --device cpu --output-dir".split()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The output directory of a run of six updates, a checkpoint after every second."""
+    directory = tmp_path_factory.mktemp("done") / "out"
+    train.main([*SHORT, str(directory)])
+    return directory
+
+
+@pytest.fixture
+def cut(tmp_path, done):
+    """A copy of it as if it had been killed after update 4."""
+    shutil.copytree(done, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    for name in train.ADAPTER:
+        (tmp_path / "cut" / name).unlink()
+    return tmp_path / "cut"
+
+
+def refused(capsys, *arguments):
+    """The one line that says why."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(a) for a in arguments])
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(errors) == 1
+    return errors[0]
+
+
+def test_a_directory_with_a_run_is_not_written_to_unasked(done, tmp_path, capsys):
+    assert "is not empty; --resume goes on with the run there, --overwrite" in refused(capsys, *SHORT, done)
+    assert "leave one of the two out" in refused(capsys, *SHORT, done, "--resume", "--overwrite")
+    shutil.copytree(done, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("the user's own")
+    train.main([*SHORT, str(tmp_path / "out"), "--overwrite", "--max-steps", "2"])
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == sorted([*train.ADAPTER, "metrics.jsonl", "checkpoint-2", "notes.txt"])
+
+
+def test_a_finished_run_says_so_and_stays(done, capsys):
+    before = {p: p.read_bytes() for p in done.rglob("*") if p.is_file()}
+    train.main([*SHORT, str(done), "--resume"])
+    assert "there was nothing left to do" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in done.rglob("*") if p.is_file()} == before
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train.main([*SHORT, str(tmp_path / "out"), "--keep-checkpoints", "2"])
+    assert [p.name for p in train.checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-4"]
+
+
+def test_a_named_checkpoint_and_another_split_of_the_update(cut, done, capsys):
+    train.main([*SHORT, str(cut), "--resume", str(cut / "checkpoint-2")])
+    assert "checkpoint-2, 2 of 6 updates done" in capsys.readouterr().out
+    assert outcome(cut) == outcome(done)
+    shutil.rmtree(cut / "checkpoint-6")
+    train.main([*SHORT, str(cut), "--resume", "--batch-size", "2", "--gradient-accumulation-steps", "4"])
+    losses = [[json.loads(line)["loss"] for line in (d / "metrics.jsonl").open()] for d in (cut, done)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_another_run_s_checkpoint_is_refused_by_name(cut, tmp_path, capsys):
+    before = {p: p.read_bytes() for p in cut.rglob("*") if p.is_file()}
+    other = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "output": "a"}] * 20)
+    for flags, told in (
+        (["--learning-rate", 1e-5], "--learning-rate was 0.003, is 1e-05"),
+        (["--max-steps", 7], "--max-steps was 6, is 7"),
+        (["--batch-size", 8], "--batch-size × --gradient-accumulation-steps × processes was 8, is 16"),
+        (["--seed", 1, "--lora-dropout", 0.5], "--seed was 42, is 1; --lora-dropout was 0.0, is 0.5"),
+        (["--dtype", "bf16"], "--dtype was float32, is bfloat16"),
+        (["--data", other], "other settings: --data;"),
+    ):
+        assert told in refused(capsys, *SHORT, cut, "--resume", *flags).replace("; --lora-dropout", "; --lora-dropout")
+    assert {p: p.read_bytes() for p in cut.rglob("*") if p.is_file()} == before
+    assert "no whole checkpoint" in refused(capsys, *SHORT, cut, "--resume", cut / "checkpoint-3")
+
+
+def test_another_base_is_refused(cut, tmp_path, capsys):
+    shutil.copytree(train.chatglm.TINY, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2**20] = bytes(
+        b ^ 0x80 for b in content[middle : middle + 2**20]
+    )  # the signs, among others
+    file.write_bytes(content)
+    preset = " ".join(f"--{k} {v}" for k, v in (("learning-rate", 3e-3), ("epochs", 50), ("lora-r", 16))).split()
+    preset += ["--lora-dropout", "0", "--target-modules", *train.TINY_PRESET["target_modules"]]
+    told = refused(capsys, *SHORT, cut, "--resume", "--model", tmp_path / "base", *preset)
+    assert told.endswith("other settings: --model; --overwrite starts anew")
+
+
+@pytest.mark.parametrize("name", [*train.ADAPTER, *train.STATE, "SHA256SUMS"])
+def test_a_damaged_checkpoint_is_passed_over(cut, done, capsys, name):
+    for damage in ("flip", "cut", "remove"):
+        shutil.rmtree(cut)
+        shutil.copytree(done, cut)
+        file = cut / "checkpoint-6" / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 3] ^= 1
+        file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+        if damage == "remove":
+            file.unlink()
+        train.main([*SHORT, str(cut), "--resume"])
+        told = capsys.readouterr()
+        assert "checkpoint-6 is damaged" in told.err and "checkpoint-4, 4 of 6 updates done" in told.out
+        assert outcome(cut) == outcome(done)
+
+
+def test_nothing_whole_to_resume_from(cut, tmp_path, capsys):
+    for checkpoint in train.checkpoints(cut):
+        (checkpoint / "SHA256SUMS").unlink()
+    assert "has no whole checkpoint to resume from; --overwrite starts anew" in refused(capsys, *SHORT, cut, "--resume")
+    train.main([*SHORT, str(tmp_path / "new"), "--resume"])
+    assert "has no checkpoint yet: from the start" in capsys.readouterr().out
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def mounted(directory, options):
+    """A small file system of its own there, or a skip."""
+    directory.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    return directory
+
+
+def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path, capsys, done):
+    disk = mounted(tmp_path / "disk", "size=8m")  # a checkpoint has 3 MB
+    try:
+        told = refused(capsys, *SHORT, disk / "out")
+        assert "No space left on device" in told
+        assert f"{disk}/out/checkpoint-4 is whole, --resume goes on from there" in told
+        assert sorted(p.name for p in (disk / "out").iterdir()) == ["checkpoint-2", "checkpoint-4", "metrics.jsonl"]
+        shutil.rmtree(disk / "out" / "checkpoint-2")  # the user makes room
+        train.main([*SHORT, str(disk / "out"), "--resume", "--keep-checkpoints", "1"])
+        assert outcome(disk / "out") == outcome(done)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_limit_on_the_size_of_files(tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+
+    result = run("train.py", *SHORT, tmp_path / "out", preexec_fn=limit)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "cannot write: File too large; there is no checkpoint yet" in result.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_read_only_directory_is_told_before_training(tmp_path, capsys):
+    disk = mounted(tmp_path / "disk", "ro")
+    try:
+        assert "cannot write there; choose another --output-dir" in refused(capsys, *SHORT, disk / "out")
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_loss_that_stays_infinite_in_fp16_names_update_samples_and_checkpoint(
+    tmp_path, monkeypatch, capsys, tokenizer
+):
+    plain = train.chatglm.ChatGLMForCausalLM.summed_loss
+    calls = []
+
+    def spoilt(*args):
+        calls.append(0)
+        return plain(*args) * (torch.inf if len(calls) > 14 else 1)  # two micro-batches an update: from the eighth on
+
+    monkeypatch.setattr(train.chatglm.ChatGLMForCausalLM, "summed_loss", spoilt)
+    flags = ["--max-steps", "60", "--save-steps", "5", "--logging-steps", "1", "--dtype", "fp16", "--device", "cpu"]
+    flags += ["--batch-size", "1", "--gradient-accumulation-steps", "2"]
+    told = refused(capsys, *flags, "--output-dir", tmp_path / "out")
+    dataset = train.data.ConversationDataset([train.data.SAMPLE], tokenizer, 512)
+    batch = train.data.batch_order(dataset.lengths, 2, 42, 0)[7]
+    assert "not been a finite number since update 8, of the samples at " in told
+    assert f"{', '.join(dataset.places[i] for i in batch)}; the last good checkpoint is " in told
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    assert (lines[-1]["step"], lines[-1]["skipped"]) == (26, 19) and lines[6]["skipped"] == 0
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def start_several(start, count, *arguments):
+    """As torchrun would, but forked."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "test"}
+    return [start(*arguments, RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(count)]
+
+
+def losses_and_norms(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    return torch.tensor([[line["loss"], line["grad_norm"]] for line in lines], dtype=torch.float64)
+
+
+def test_several_processes_make_the_updates_of_one(tmp_path, start):
+    """21 samples, 8 an update, so that the last of an epoch has 5, unevenly long: with 4 processes some get 2, some 1."""
+    texts = [("a " * (i % 7 * 5 + 1), "b " * (i % 5 * 9 + 1)) for i in range(21)]
+    file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": q, "output": a} for q, a in texts])
+    common = f"--data {file} --max-steps 20 --logging-steps 1 --save-steps 10 --device cpu --output-dir".split()
+    size = ["--batch-size", 2, "--gradient-accumulation-steps"]
+    finish(start(*common, tmp_path / "1", *size, 4))
+    for count in (2, 4):
+        for process in start_several(start, count, *common, tmp_path / str(count), *size, 4 // count):
+            finish(process)
+        assert losses_and_norms(tmp_path / str(count)).shape == (20, 2)
+        torch.testing.assert_close(
+            losses_and_norms(tmp_path / str(count)), losses_and_norms(tmp_path / "1"), rtol=0, atol=1e-6
+        )
+    # The run of four goes on as one of two.
+    shutil.rmtree(tmp_path / "4" / "checkpoint-20")
+    for process in start_several(start, 2, *common, tmp_path / "4", *size, 2, "--resume"):
+        finish(process)
+    torch.testing.assert_close(losses_and_norms(tmp_path / "4"), losses_and_norms(tmp_path / "1"), rtol=0, atol=1e-6)
+
+
+def test_processes_stop_together(tmp_path, start):
+    arguments = [*RUN.split(), "--max-steps", 10**6, "--save-steps", 10**6, "--output-dir", tmp_path]
+    processes = start_several(start, 2, *arguments)
+    wait_for(lambda: begun(tmp_path), processes[0])
+    os.kill(processes[1].pid, signal.SIGTERM)
+    told = [finish(process, 143) for process in processes]
+    assert len(train.checkpoints(tmp_path)) == 1
+    assert "stopped  after update" in told[0] and "stopped  after update" not in told[1]
+
+
+def torchrun(directory, *command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*launcher, *command], capture_output=True, encoding="utf-8", timeout=300, cwd=directory)
+
+
+def test_torchrun_and_a_mistake_that_all_its_processes_find(tmp_path):
+    first = torchrun(tmp_path, str(ROOT / "train.py"), *SHORT, "out")
+    assert first.returncode == 0 and first.stdout.count("updates  6, each of") == 1, first.stderr
+    again = torchrun(tmp_path, str(ROOT / "train.py"), *SHORT, "out")
+    assert again.returncode != 0 and again.stderr.count("train.py: ") == 1, again.stderr
+    assert "train.py: error: out is not empty; --resume" in again.stderr
+
+
+def test_a_process_that_fails_alone_ends_the_others_with_its_message(tmp_path):
+    write_jsonl(tmp_path / "0.jsonl", [{"instruction": "q", "output": "a"}])
+    command = f"exec {sys.executable} {ROOT / 'train.py'} {' '.join(SHORT)} out --data $LOCAL_RANK.jsonl"
+    result = torchrun(tmp_path, "--no-python", "bash", "-c", command)
+    assert result.returncode != 0 and not (tmp_path / "out").exists()
+    assert result.stderr.count("train.py: ") == 1, result.stderr
+    assert "train.py: process 1: error: 1.jsonl: No such file or directory" in result.stderr
