@@ -327,6 +327,7 @@ def set_up(args):
     start = time.perf_counter()
     model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
     tokenizer.check_fits(model.config.padded_vocab_size)
+    args.base = {"vocabulary": tokenizer.digest, **chatglm.fingerprint(model)}  # saved with the other arguments
     if args.max_length > model.config.seq_length:
         raise ValueError(f"--max-length {args.max_length}: this model takes at most {model.config.seq_length} tokens")
     total = sum(p.numel() for p in model.parameters())
