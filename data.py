@@ -102,11 +102,11 @@ def encode_prompt(tokenizer, messages):
 
 
 def split_answer(tokenizer, ids):
-    """What the model said after <|assistant|>, without the stop id → (metadata, content), "" for no metadata."""
-    if tokenizer.newline_id not in ids:
-        return "", tokenizer.decode(ids)
-    end = ids.index(tokenizer.newline_id)
-    return tokenizer.decode(ids[:end]).strip(), tokenizer.decode(ids[end + 1 :])
+    """What the model said after <|assistant|>, without the stop id → (metadata, content), "" for no metadata; without the
+    bytes of a last character that is not whole."""
+    end = ids.index(tokenizer.newline_id) if tokenizer.newline_id in ids else -1
+    metadata = tokenizer.decode(ids[: max(end, 0)]).strip()
+    return metadata, tokenizer.decode(ids[end + 1 :]).rstrip("\ufffd")
 
 
 def with_system(messages, system):

@@ -9,11 +9,13 @@ python infer.py --merge-to merged                                            # b
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -189,18 +191,18 @@ class Decoder:
         self.reserve(len(prompts), length)
         prompts = prompts + prompts[:1] * (self.rows - len(prompts))
         device, longest = self.model.device, max(map(len, prompts))
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        # Padded on the right, with a token of their own: what is not to be seen is not, and `seen` holds no other.
+        # Padded on the right, with a token of their own: it is not attended to, and `seen` holds no other.
         ids = torch.tensor([prompt + prompt[:1] * (longest - len(prompt)) for prompt in prompts], device=device)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         self.seen.zero_().scatter_(1, ids, True)
         self.positions.copy_(ends)
         last = []
         with torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext():
             for rows in torch.arange(self.rows, device=device).split(max(1, PREFILL_TOKENS // longest)):
-                part = slice(len(last), len(last) + len(rows))
+                part = slice(sum(map(len, last)), sum(map(len, last)) + len(rows))
                 hidden = self.model.transformer(ids[part], [[kv[part] for kv in layer] for layer in self.cache])
-                last += hidden[rows - len(last), ends[part]]
-        self.take(torch.stack(last))
+                last.append(hidden[rows - part.start, ends[part]])
+        self.take(torch.cat(last))
 
     def step(self):
         self.take(self.model.transformer(self.ids[:, None], self.cache, self.positions)[:, 0])
@@ -247,26 +249,33 @@ class Decoder:
                 return
 
 
+def encode_prompt(decoder, tokenizer, messages, system):
+    """→ ids; ValueError if they leave no room for an answer."""
+    most = decoder.model.config.seq_length
+    prompt_ids = data.encode_prompt(tokenizer, data.with_system(messages, system))
+    if len(prompt_ids) >= most:
+        raise ValueError(f"the prompt has {len(prompt_ids)} tokens; this model takes {most}")
+    return prompt_ids
+
+
 def answer(decoder, tokenizer, prompt_ids, max_new_tokens):
     """Yields the ids of one answer."""
     return (id for _, id in decoder.generate([prompt_ids], max_new_tokens, tokenizer.stop_ids) if id is not None)
 
 
-def stream(tokenizer, ids, with_metadata=False):
-    """Yields the pieces of text that `ids`, an iterable, add to the answer; never half a character."""
-
-    def text():
-        metadata, content = data.split_answer(tokenizer, seen)
-        return f"{metadata}\n{content}" if metadata and with_metadata else content
-
-    seen, shown = [], 0
+def stream(tokenizer, ids, seen=None, with_metadata=False):
+    """Yields the pieces of text that `ids`, an iterable, add to the answer; never half a character. seen: a list that gets
+    the ids; with_metadata: the metadata's line first, where there is one."""
+    seen, shown = [] if seen is None else seen, 0
     for id in ids:
         seen.append(id)
         if tokenizer.newline_id in seen:  # the line of metadata is over
-            whole = text().rstrip("\ufffd")
-            yield whole[shown:]
-            shown = max(shown, len(whole))
-    yield text()[shown:]
+            metadata, text = data.split_answer(tokenizer, seen)
+            text = f"{metadata}\n{text}" if metadata and with_metadata else text
+            yield text[shown:]
+            shown = max(shown, len(text))
+    if tokenizer.newline_id not in seen:
+        yield data.split_answer(tokenizer, seen)[1]
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -389,7 +398,7 @@ def without_prediction(record):
 
 def unanswered(args):
     """→ (the records of --input that have no line in --output yet [(place, record, messages)], how many have, the length
-    of its whole lines in bytes). Equal records each have a line. Raises ValueError for an --output that isn't of these."""
+    of its whole lines in bytes). Equal records have a line each. Raises ValueError for an --output that isn't of these."""
     records, faults = [], []
     for file in args.input:
         try:
@@ -404,31 +413,36 @@ def unanswered(args):
     def key(record):
         return json.dumps(without_prediction(record), sort_keys=True)
 
-    there = collections.defaultdict(list)
+    answered = collections.Counter()
     lines = Path(args.output).read_bytes().split(b"\n") if Path(args.output).exists() else [b""]
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was being written when it ended
+    lines.pop()  # what follows the last newline was being written when the run ended
+    inputs = {key(record) for _, record, _ in records}
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             if not isinstance(record["prediction"], str):
                 raise ValueError("prediction")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{args.output}:{number}: not a line that infer.py wrote; mend or remove it") from error
-        there[key(record)].append(number)
-    left = [one for one in records if not there[key(one[1])] or there[key(one[1])].pop() is None]
-    if stray := min((numbers[0] for numbers in there.values() if numbers), default=None):
-        raise ValueError(f"{args.output}:{stray}: this record is not in --input; choose another --output")
-    return left, len(records) - len(left), sum(len(line) + 1 for line in lines[:-1])
+        if key(record) not in inputs:
+            raise ValueError(f"{args.output}:{number}: this record is not in --input; choose another --output")
+        answered[key(record)] += 1
+    left = []
+    for place, record, messages in records:
+        answered[key(record)] -= 1
+        if answered[key(record)] < 0:
+            left.append((place, record, messages))
+    return left, len(records) - len(left), sum(len(line) + 1 for line in lines)
 
 
 def batch(args, decoder, tokenizer, system, left, done, end):
     """Answers the records, of similar length together, and adds each to --output as soon as its answer is whole."""
-    seq_length = decoder.model.config.seq_length
     jobs, faults = [], []
     for place, record, messages in left:
-        prompt_ids = data.encode_prompt(tokenizer, data.with_system(messages, system))
-        jobs.append((prompt_ids, record))
-        if len(prompt_ids) >= seq_length:
-            faults.append(f"{place}: the prompt has {len(prompt_ids)} tokens; this model takes {seq_length}")
+        try:
+            jobs.append((encode_prompt(decoder, tokenizer, messages, system), record))
+        except ValueError as error:
+            faults.append(f"{place}: {error}")
     if faults:
         more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
         raise ValueError("\n".join(faults[:20] + more))
@@ -463,22 +477,22 @@ def chat(args, decoder, tokenizer, system):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # input() then edits lines; a bare terminal would cut them at 4,095 bytes
     sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 comes through, and the tokenizer refuses it
-    say = partial(print, file=sys.stderr, flush=True)
-    asking = stopped = False
+    asking, stopped = False, threading.Event()
 
     def interrupt(*_):
-        nonlocal stopped
-        stopped = True
+        stopped.set()
         if asking:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
-    seq_length = decoder.model.config.seq_length
-    reserved = min(args.max_new_tokens, seq_length // 2)  # tokens that the answer shall have
-    turns = []  # lists of messages: the user's, and what followed it
+    say = partial(print, file=sys.stderr, flush=True)
     say(f"{COMMANDS}. Ctrl-C stops an answer.")
+    seq_length = decoder.model.config.seq_length
+    room = seq_length - min(args.max_new_tokens, seq_length // 2)  # for the conversation; the rest is the answer's
+    turns = []  # each a list of messages: the user's, and what followed it
     while True:
-        leaving, stopped = stopped and asking, False
+        leaving = asking and stopped.is_set()  # asking still: the last line was not read but interrupted
+        stopped.clear()
         try:
             asking = True
             line = input("> ")
@@ -491,63 +505,49 @@ def chat(args, decoder, tokenizer, system):
             say("\n(Ctrl-C again, Ctrl-D or /exit leaves)")
             continue
         command, _, text = line.partition(" ")
-        asked = [*turns, [{"role": "user", "content": line}]]
-        if not line.strip():
-            continue
-        elif command == "/exit":
-            return
-        elif command == "/reset":
-            turns = []
-            say("(a new conversation)")
-            continue
-        elif command == "/system":
-            try:
-                tokenizer.encode(text)
-            except ValueError as error:
-                say(f"({error})")
-                continue
-            if text.strip():
-                turns, system = [], text
-            say(f"(system message: {system or 'none'})")
-            continue
-        elif command == "/observation" and text.strip() and turns:
-            asked = [*turns[:-1], [*turns[-1], {"role": "observation", "content": text}]]
-        elif line.startswith("/"):
-            say(f"(no such command here: {COMMANDS}; a message may start with a space)")
-            continue
         try:
-            while True:
-                messages = data.with_system([message for turn in asked for message in turn], system)
-                prompt_ids = data.encode_prompt(tokenizer, messages)
-                if len(prompt_ids) + reserved <= seq_length or len(asked) == 1:
-                    break
+            if not line.strip():
+                continue
+            elif command == "/exit":
+                return
+            elif command == "/reset":
+                turns = []
+                say("(a new conversation)")
+                continue
+            elif command == "/system":
+                tokenizer.encode(text)  # ValueError for what is not UTF-8
+                turns, system = ([], text) if text.strip() else (turns, system)
+                say(f"(system message: {system or 'none'})")
+                continue
+            elif command == "/observation" and text.strip() and turns:
+                asked = [*turns[:-1], [*turns[-1], {"role": "observation", "content": text}]]
+            elif line.startswith("/"):
+                raise ValueError(f"not a command here; {COMMANDS}; a message may start with a space")
+            else:
+                asked = [*turns, [{"role": "user", "content": line}]]
+            whole = len(asked)
+            while (
+                len(data.encode_prompt(tokenizer, data.with_system(sum(asked, []), system))) > room and len(asked) > 1
+            ):
                 asked = asked[1:]
+            prompt_ids = encode_prompt(decoder, tokenizer, sum(asked, []), system)
         except ValueError as error:
             say(f"({error})")
             continue
-        if len(prompt_ids) >= seq_length:
-            say(f"(too long: {len(prompt_ids)} tokens; this model takes {seq_length})")
-            continue
-        if forgotten := len(turns) - len(asked) + (command != "/observation"):
-            say(f"(the context is full: the oldest {forgotten} turns are forgotten)")
+        if len(asked) < whole:
+            say(f"(the context is full: forgotten are the oldest turns, {whole - len(asked)})")
         ids = []
-
-        def heard(prompt_ids=prompt_ids, ids=ids):
-            for id in answer(decoder, tokenizer, prompt_ids, args.max_new_tokens):
-                if stopped:
-                    return
-                ids.append(id)
-                yield id
-
-        for piece in stream(tokenizer, heard(), with_metadata=True):
+        new_ids = answer(decoder, tokenizer, prompt_ids, args.max_new_tokens)
+        new_ids = itertools.takewhile(lambda _: not stopped.is_set(), new_ids)
+        for piece in stream(tokenizer, new_ids, ids, with_metadata=True):
             print(piece, end="", flush=True)
         print()
         metadata, content = data.split_answer(tokenizer, ids)
-        if stopped:
-            say("(stopped; what was said stays in the conversation)" if content else "(stopped)")
+        if stopped.is_set():
+            say("(stopped; what was said stays in the conversation)" if content else "(stopped; the turn is dropped)")
         elif len(ids) == args.max_new_tokens:
             say(f"(cut at --max-new-tokens {args.max_new_tokens})")
-        if content or not stopped:
+        if content or not stopped.is_set():
             turns = [*asked[:-1], [*asked[-1], {"role": "assistant", "metadata": metadata, "content": content}]]
 
 
@@ -556,10 +556,7 @@ def chat(args, decoder, tokenizer, system):
 
 def reply(args, decoder, tokenizer, system):
     """Prints the answer to --prompt."""
-    messages = data.with_system([{"role": "user", "content": args.prompt}], system)
-    prompt_ids, seq_length = data.encode_prompt(tokenizer, messages), decoder.model.config.seq_length
-    if len(prompt_ids) >= seq_length:
-        raise ValueError(f"the prompt has {len(prompt_ids)} tokens; this model takes {seq_length}")
+    prompt_ids = encode_prompt(decoder, tokenizer, [{"role": "user", "content": args.prompt}], system)
     for text in stream(tokenizer, answer(decoder, tokenizer, prompt_ids, args.max_new_tokens)):
         print(text, end="", flush=True)
     print()
