@@ -27,6 +27,7 @@ import data
 import model as chatglm
 
 PREFILL_TOKENS = 16384  # of prompts that are computed at a time
+SHARD = "2GB"  # of a merged model, about the official size
 # Small files that stand beside the official weights; they are copied with a merged model, and never run.
 OFFICIAL_FILES = """tokenizer.model tokenizer_config.json special_tokens_map.json configuration_chatglm.py
     modeling_chatglm.py tokenization_chatglm.py quantization.py MODEL_LICENSE""".split()
@@ -374,7 +375,7 @@ def merge_to(model, path, directory):
     frequencies = 1 / 10000 ** (torch.arange(0, dim, 2) / dim)  # the official code takes their dtype, not their values
     weights = {**model.state_dict(), "transformer.rotary_pos_emb.inv_freq": frequencies.to(model.dtype)}
     try:
-        model.save_pretrained(part, state_dict=weights, max_shard_size="2GB")
+        model.save_pretrained(part, state_dict=weights, max_shard_size=SHARD)
         (part / "config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
         for name in OFFICIAL_FILES:
             if file := base_file(path, name):

@@ -16,7 +16,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, run, write_jsonl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import infer
@@ -91,8 +91,9 @@ def test_decoding_writes_the_keys_that_the_prompt_would(base):
             decoder.step()
         stepped = [kv[:, :, :20].clone() for layer in decoder.cache for kv in layer]
         decoder.prefill([ids], 256)
-        for mine, layer in zip(stepped, [kv for layer in decoder.cache for kv in layer], strict=True):
-            torch.testing.assert_close(mine, layer[:, :, :20], rtol=1e-5, atol=1e-5)
+        whole = [kv[:, :, :20] for layer in decoder.cache for kv in layer]
+        for mine, wanted in zip(stepped, whole, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_long_prompts_are_computed_in_parts(base, monkeypatch):
@@ -370,3 +371,499 @@ def test_a_user_s_mistake_is_one_clear_line(tmp_path, arguments, message):
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+# --- the base is the one that was trained on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-32k"])
+def test_a_fingerprint_is_the_same_in_every_dtype_and_only_that_base_s(name):
+    found = [chatglm.fingerprint(chatglm.load_model(FIXTURES / name, "cpu", dtype)) for dtype in chatglm.DTYPES]
+    assert found[0] == found[1] == found[2] and len(found[0]["fixed"]) == len(found[0]["matrices"]) == 64
+    model = chatglm.load_model(FIXTURES / name, "cpu")
+    with torch.no_grad():
+        model.transformer.encoder.layers[1].mlp.dense_4h_to_h.weight.neg_()
+    other = chatglm.fingerprint(model)
+    assert other["fixed"] == found[0]["fixed"] and other["matrices"] != found[0]["matrices"]
+    with torch.no_grad():
+        model.transformer.output_layer.weight.neg_()
+    assert chatglm.fingerprint(model)["fixed"] != found[0]["fixed"]
+
+
+def adapter_of(directory, **base):
+    """An adapter of the built-in model that has learnt nothing, with what it says of its base."""
+    model, tokenizer = chatglm.load_model(chatglm.tiny_model(), "cpu"), data.ChatGLMTokenizer(chatglm.TINY)
+    base = {"vocabulary": tokenizer.digest, **chatglm.fingerprint(model)} | base
+    chatglm.save_adapter(chatglm.add_lora(model, 4, 8, 0.0, ["query_key_value"]), directory)
+    (directory / "training_args.json").write_text(json.dumps({"system": None, "base": base}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "base, what",
+    [
+        ({}, None),
+        ({"matrices": None}, None),  # trained on a quantised base
+        ({"shape": {"num_layers": 3}}, "another shape"),
+        ({"vocabulary": "0"}, "another vocabulary"),
+        ({"fixed": "0"}, "another weights"),
+        ({"matrices": "0"}, "another weights"),
+    ],
+)
+def test_another_base_is_refused_unless_forced(tmp_path, capsys, base, what):
+    adapter = adapter_of(tmp_path / "a", **base)
+    common = ["--adapter", str(adapter), "--device", "cpu", "--prompt", "q", "--max-new-tokens", "3"]
+    if what:
+        with pytest.raises(SystemExit) as stop:
+            infer.main(common)
+        out, err = capsys.readouterr()
+        assert (
+            stop.value.code == 2
+            and out == ""
+            and f"{adapter} was trained on: other weights" in err.replace(what, "other weights")
+        )
+        infer.main([*common, "--no-adapter"])
+        common.append("--force")
+    infer.main(common)
+
+
+def test_training_stores_what_its_base_is(trained):
+    adapter, _ = trained
+    base = json.loads((adapter / "training_args.json").read_text())["base"]
+    model = chatglm.load_model(chatglm.TINY, "cpu")
+    assert base == {"vocabulary": data.ChatGLMTokenizer(chatglm.TINY).digest, **chatglm.fingerprint(model)}
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def merged(name, dtype, directory):
+    model = chatglm.load_model(FIXTURES / name, "cpu", dtype)
+    model = chatglm.load_adapter(model, FIXTURES / name / "adapter").merge_and_unload().to(model.dtype)
+    infer.merge_to(model, str(FIXTURES / name), directory)
+    return model
+
+
+def test_a_merged_model_gives_the_adapter_s_logits(golden, tmp_path, monkeypatch):
+    """To 1e-5 of their norm in fp32; in fp16, whose rounding of the weights is the difference, to 1e-3: there, both are
+    computed in fp32 from a base in fp16."""
+    directory, expected = golden
+    monkeypatch.setattr(infer, "SHARD", "100KB")
+    merged(directory.name, "fp32", tmp_path / "fp32")
+    ids = expected["input_ids"]
+    with torch.no_grad():
+        logits = chatglm.load_model(tmp_path / "fp32", "cpu")(ids).logits
+        assert (logits - expected["adapter_logits"]).norm() < 1e-5 * logits.norm()
+        in_memory = merged(directory.name, "fp16", tmp_path / "fp16")
+        loaded = chatglm.load_model(tmp_path / "fp16", "cpu", "fp16")
+        assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), in_memory.parameters(), strict=True))
+        base = chatglm.load_model(directory, "cpu", "fp16").float()
+        wanted = chatglm.load_adapter(base, directory / "adapter")(input_ids=ids).logits
+        assert (loaded.float()(ids).logits - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_a_merged_model_has_the_official_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "SHARD", "100KB")
+    merged("tiny", "fp16", tmp_path / "out" / ".." / "m")
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())["weight_map"]
+    official = load_file(FIXTURES / "tiny" / "model.safetensors")
+    assert index.keys() == official.keys() and len(set(index.values())) > 2
+    for name, file in index.items():
+        assert re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file)
+        weight = load_file(tmp_path / "m" / file)[name]
+        assert weight.shape == official[name].shape and weight.dtype == torch.float16
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    wanted = json.loads((FIXTURES / "tiny" / "config.json").read_text())
+    assert config == wanted | {"torch_dtype": "float16"} and config["architectures"] == ["ChatGLMModel"]
+    assert {oct(file.stat().st_mode) for file in (tmp_path / "m").iterdir()} == {
+        oct((tmp_path / "m" / "config.json").stat().st_mode)
+    }
+
+
+def test_merge_command(trained, tmp_path, capsys):
+    """The merged model says what the adapter does; the files beside the base come along, and none of them is run."""
+    adapter, device = trained
+    base = tmp_path / "base"
+    shutil.copytree(chatglm.TINY, base)
+    (base / "tokenization_chatglm.py").write_text("raise SystemExit('this file was run')")
+    (base / "secret").write_text("not of the official files")
+    common = ["--adapter", str(adapter), "--device", device]
+    infer.main([*common, "--model", str(base), "--merge-to", str(tmp_path / "m")])
+    assert "saved" in capsys.readouterr().out
+    there = {file.name for file in (tmp_path / "m").iterdir()}
+    assert there == {"config.json", "model.safetensors", "tokenizer.model", "tokenization_chatglm.py"}
+    assert load_file(tmp_path / "m" / "model.safetensors").popitem()[1].dtype == torch.float32  # as config.json says
+    infer.main(["--device", device, "--no-adapter", "--model", str(tmp_path / "m"), "--greedy", "--prompt", "你是谁？"])
+    assert capsys.readouterr().out == "我是小砚，一个在随机权重上练出来的小模型。\n"
+
+
+def small_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path):
+    arguments = ["--adapter", adapter_of(tmp_path / "a"), "--device", "cpu", "--merge-to", tmp_path / "m"]
+    done = run("infer.py", *arguments, preexec_fn=small_disk)
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 2 and len(errors) == 1 and "m: cannot write" in errors[0], done.stderr
+    assert "Traceback" not in done.stderr and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+# --- batch ------------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def as_text(records):
+    return Counter(json.dumps(record, sort_keys=True) for record in records)
+
+
+def test_batch_command_killed_and_run_again(trained, tmp_path):
+    adapter, device = trained
+    out = tmp_path / "out.jsonl"
+    common = ["--adapter", adapter, "--device", device, "--greedy", "--input", data.SAMPLE, "--output"]
+    whole = run("infer.py", *common, tmp_path / "whole.jsonl")
+    assert whole.returncode == 0, whole.stderr
+    wanted = read_jsonl(tmp_path / "whole.jsonl")
+    records = [record for _, record, _ in data.read_records(data.SAMPLE)]
+    assert as_text(infer.without_prediction(line) for line in wanted) == as_text(records)
+    right = [line["prediction"] == line["output"] for line in wanted if "output" in line]
+    assert sum(right) >= 0.9 * len(right) > 50
+
+    command = [sys.executable, ROOT / "infer.py", *common, out, "--batch-size", 1]
+    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+    while not out.exists() or len(out.read_bytes()) < 2000:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    before = out.read_bytes()
+    assert 0 < before.count(b"\n") < len(records)
+    with open(out, "ab") as file:
+        file.write('{"instruction": "你'.encode()[:-1])  # as if it had been killed while it wrote
+    again = run("infer.py", *common, out)
+    assert again.returncode == 0, again.stderr
+    assert out.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert as_text(read_jsonl(out)) == as_text(wanted)  # nothing lost, nothing twice, and the batch makes no difference
+
+
+@pytest.fixture
+def answer_files(tmp_path, capsys):
+    """infer.main on files of records, with the built-in model → (the lines of --output, stderr, exit code)"""
+
+    def answer(*records, out="out.jsonl", flags=(), **more):
+        files = [tmp_path / "in0.jsonl", *(tmp_path / name for name in more)]
+        for file, content in zip(files, [records, *more.values()], strict=True):
+            file.write_text("".join(json.dumps(record) + "\n" for record in content))
+        arguments = ["--no-adapter", "--device", "cpu", "--greedy", "--max-new-tokens", "4", "--input", *files, *flags]
+        code = 0
+        try:
+            infer.main([str(a) for a in [*arguments, "--output", tmp_path / out]])
+        except SystemExit as stop:
+            code = stop.code
+        return (None if code else read_jsonl(tmp_path / out)), capsys.readouterr().err, code
+
+    return answer
+
+
+Q = {"instruction": "q"}
+
+
+def test_batch_records_of_every_kind(answer_files, tokenizer):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "call()", "metadata": "tool"}]
+    seen = [{"role": "observation", "content": "22"}]
+    records = [
+        Q | {"output": "", "id": 7, "nested": {"b": [1.5, None]}},
+        Q | {"input": "t", "output": "the reference", "half": "\ud800"},
+        {"conversations": talk},
+        {"conversations": talk + seen},
+        {"conversations": [*talk, *seen, {"role": "assistant", "content": "Warm."}], "prediction": "an older one"},
+    ]
+    lines, err, code = answer_files(*records)
+    assert code == 0, err
+    assert as_text(map(infer.without_prediction, lines)) == as_text(map(infer.without_prediction, records))
+    by = {json.dumps(infer.without_prediction(line)): line["prediction"] for line in lines}
+    said = [by[json.dumps(infer.without_prediction(record))] for record in records]
+    assert said[3] == said[4] != said[2]  # the prompt is what comes before the last answer
+    model = chatglm.load_model(chatglm.TINY, "cpu")
+    for messages, text in ((talk[:1], said[0]), (talk[:1], said[2]), (talk + seen, said[3])):
+        ids = greedy(model, data.encode_prompt(tokenizer, messages), 4, tokenizer.stop_ids)
+        assert data.split_answer(tokenizer, ids)[1] == text
+    assert answer_files(*records)[0] == lines  # there is nothing left to do
+
+
+def test_equal_records_have_a_line_each(answer_files, tmp_path):
+    lines, _, code = answer_files(Q, Q, {"instruction": "r"}, Q, other=[Q])
+    assert code == 0 and sum(line["instruction"] == "q" for line in lines) == 4 and len(lines) == 5
+    write_jsonl(tmp_path / "out.jsonl", [line for line in lines if line["instruction"] == "q"][:2])
+    lines, _, code = answer_files(Q, Q, {"instruction": "r"}, Q, other=[Q])
+    assert code == 0 and sum(line["instruction"] == "q" for line in lines) == 4 and len(lines) == 5
+
+
+def test_metadata_of_a_prediction_is_kept(answer_files, monkeypatch, tokenizer):
+    ids = tokenizer.encode("get_weather\ncall()")
+    monkeypatch.setattr(infer.Decoder, "generate", lambda *a: [*((0, id) for id in ids), (0, None)])
+    lines, _, _ = answer_files(Q | {"prediction_metadata": "older"})
+    assert lines == [Q | {"prediction": "call()", "prediction_metadata": "get_weather"}]
+
+
+@pytest.mark.parametrize(
+    "records, there, message",
+    [
+        ([Q, {"instrution": "q"}], None, "in0.jsonl:2: unknown key 'instrution'; did you mean 'instruction'?"),
+        ([{"conversations": [{"role": "system", "content": "s"}]}], None, "nothing to answer"),
+        ([Q, {"instruction": "long " * 2000}], None, "in0.jsonl:2: the prompt has"),
+        ([Q], '{"instruction": "other", "prediction": "p"}\n', "out.jsonl:1: this record is not in --input"),
+        ([Q], '{"instruction": "q", "pred\n{"instruction": "q"', "out.jsonl:1: not a line that infer.py wrote"),
+        ([Q], '{"instruction": "q"}\n', "out.jsonl:1: not a line that infer.py wrote"),
+        ([Q], "[]\n", "out.jsonl:1: not a line that infer.py wrote"),
+        ([Q], None, "nowhere/out.jsonl: there is no such directory"),
+    ],
+)
+def test_a_mistake_in_batch_files_changes_nothing(answer_files, tmp_path, records, there, message):
+    out = "nowhere/out.jsonl" if "nowhere" in message else "out.jsonl"
+    if there:
+        (tmp_path / out).write_text(there)
+    _, err, code = answer_files(*records, out=out)
+    assert code == 2 and message in err and err.count("error: ") == 1
+    assert (tmp_path / out).exists() == bool(there) and (not there or (tmp_path / out).read_text() == there)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--input", "f"], "--input and --output go together"),
+        (["--output", "f"], "--input and --output go together"),
+        (["--compare"], "--compare needs --prompt"),
+        (["--prompt", "q", "--compare", "--no-adapter"], "--compare needs --prompt, and an adapter"),
+        (["--prompt", "q", "--merge-to", "d"], "one of --prompt, --input and --merge-to at a time"),
+        (["--merge-to", "d", "--load-in", "4bit"], "a quantised base can't be merged"),
+        (["--merge-to", "d", "--no-adapter"], "--merge-to needs an adapter"),
+        (["--merge-to", "tests"], "tests: there is something already"),
+        (["--top-k", "0"], "argument --top-k: must be between"),
+    ],
+)
+def test_flags_that_do_not_go_together(capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        infer.main(flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("error: ") == 1
+
+
+def test_compare_prints_both_answers(trained, capsys):
+    adapter, device = trained
+    common = ["--adapter", str(adapter), "--device", device, "--prompt", "你是谁？", "--seed", "1"]
+    infer.main([*common, "--no-adapter"])
+    base = capsys.readouterr().out
+    infer.main([*common, "--compare"])
+    out = capsys.readouterr().out
+    assert out == f"--- base\n{base}--- adapter\n我是小砚，一个在随机权重上练出来的小模型。\n"
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """infer.py in a terminal of its own, as a user has it."""
+
+    def __init__(self, *arguments):
+        self.screen, self.master = "", None
+        self.pid, self.master = pty.fork()
+        if not self.pid:
+            os.environ.update(TERM="xterm", LANG="C.UTF-8")
+            os.execv(sys.executable, [sys.executable, str(ROOT / "infer.py"), *map(str, arguments)])
+
+    def type(self, text):
+        data = text.encode() if isinstance(text, str) else text
+        while data:
+            data = data[os.write(self.master, data[:500]) :]
+            self.read(0.02)
+
+    def read(self, seconds):
+        if select.select([self.master], [], [], seconds)[0]:
+            with contextlib.suppress(OSError):  # the other side has ended
+                self.raw = getattr(self, "raw", b"") + os.read(self.master, 65536)
+                self.screen = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]|\r", "", self.raw.decode("utf-8", "replace"))
+
+    def expect(self, text, seconds=60):
+        """Waits for `text` after what was waited for last → what came before it."""
+        end, seen = time.monotonic() + seconds, getattr(self, "seen", 0)
+        while text not in self.screen[seen:]:
+            assert time.monotonic() < end, f"{text!r} did not come: {self.screen[seen:]!r}"
+            self.read(0.1)
+        at = self.screen.index(text, seen)
+        self.seen = at + len(text)
+        return self.screen[seen:at]
+
+    def exit_code(self):
+        for _ in range(600):
+            self.read(0.05)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                os.close(self.master)
+                return os.waitstatus_to_exitcode(status)
+        os.kill(self.pid, signal.SIGKILL)
+        raise AssertionError(f"it did not end: {self.screen!r}")
+
+
+def test_chat_in_a_terminal(trained, tokenizer):
+    adapter, device = trained
+    chat = Terminal("--adapter", adapter, "--device", device, "--greedy")
+    chat.expect("Ctrl-C stops an answer.\n> ")
+    chat.type("你是谁？\n")
+    chat.expect("\n我是小砚，一个在随机权重上练出来的小模型。\n> ")
+    chat.type("\n")
+    chat.expect("> ")
+    chat.type("/what\n")
+    chat.expect("(not a command here")
+    chat.expect("> ")
+    long = "甄" * 2000  # 6,000 bytes: more than a line that the terminal itself would edit
+    chat.type(long + "\n")
+    count = len(data.encode_prompt(tokenizer, [{"role": "user", "content": long}]))
+    chat.expect(f"(the prompt has {count} tokens; this model takes 1024)")
+    chat.expect("> ")
+    chat.type("\x03")
+    chat.expect("(Ctrl-C again, Ctrl-D or /exit leaves)")
+    chat.expect("> ")
+    chat.type("/reset\n")
+    chat.expect("(a new conversation)")
+    chat.expect("> ")
+    chat.type("你好👋🏳️‍🌈\n")
+    chat.expect("\n> ")
+    chat.type("\x03")
+    chat.expect("leaves)")
+    chat.expect("> ")
+    chat.type("\x03")
+    assert chat.exit_code() == 0
+    assert "Traceback" not in chat.screen and "\ufffd" not in chat.screen
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path, tokenizer):
+    shutil.copytree(chatglm.TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = load_file(chatglm.tiny_model() + "/model.safetensors")
+    weights["transformer.output_layer.weight"][list(tokenizer.stop_ids)] = 0  # never the most likely: it talks for long
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    config = tmp_path / "m" / "config.json"
+    config.write_text(config.read_text().replace('"seq_length": 1024', '"seq_length": 65536'))
+    chat = Terminal("--no-adapter", "--model", tmp_path / "m", "--device", "cpu", "--greedy", "--max-new-tokens", 60000)
+    chat.expect("Ctrl-C stops an answer.\n> ")
+    for _ in range(2):
+        chat.type("hello\n")
+        chat.expect("hello\n")
+        time.sleep(0.5)
+        chat.type("\x03")
+        chat.expect("(stopped", seconds=20)
+        chat.expect("\n> ")
+    chat.type("\x04")
+    assert chat.exit_code() == 0 and "Traceback" not in chat.screen
+
+
+def test_chat_over_a_pipe(trained):
+    adapter, device = trained
+    lines = ["你是谁？".encode(), b"", b"\xff\xfe", b"x" * 2000, "你是谁？👋".encode(), b"/reset", "你是谁？".encode()]
+    command = [sys.executable, ROOT / "infer.py", "--adapter", adapter, "--device", device, "--greedy"]
+    done = subprocess.run([str(c) for c in command], input=b"\n".join(lines), capture_output=True, timeout=300)
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 0 and "Traceback" not in err and err.count("is not valid UTF-8") == 1
+    assert out.count("> ") == len(lines) + 1
+    assert out.startswith("> 我是小砚，一个在随机权重上练出来的小模型。\n> > > ")
+    assert out.endswith("> 我是小砚，一个在随机权重上练出来的小模型。\n> \n")  # the last line has no newline
+
+
+class Scripted:
+    """A decoder that says what it's told to, and keeps the prompts that it gets."""
+
+    def __init__(self, tokenizer, answers, seq_length):
+        self.model = type("Model", (), {"config": chatglm.ChatGLMConfig(seq_length=seq_length)})
+        self.tokenizer, self.answers, self.prompts = tokenizer, iter(answers), []
+
+    def generate(self, prompts, max_new_tokens, stop_ids):
+        self.prompts.append(self.tokenizer.decode(prompts[0]))
+        for id in self.tokenizer.encode(next(self.answers))[:max_new_tokens]:
+            if id == self.tokenizer.encode("§")[-1]:
+                signal.raise_signal(signal.SIGINT)
+            yield 0, id
+        yield 0, None
+
+
+@pytest.fixture
+def talk(tokenizer, monkeypatch, capsys):
+    """Drives infer.chat with lines and scripted answers → (prompts, stdout, stderr)"""
+    before = signal.getsignal(signal.SIGINT)
+
+    def talk(lines, answers, *flags, seq_length=1024, system=None):
+        decoder = Scripted(tokenizer, ["\n" + text if "\n" not in text else text for text in answers], seq_length)
+        read = iter(lines)
+
+        def typed(prompt):
+            line = next(read, EOFError)
+            if line is KeyboardInterrupt:
+                signal.raise_signal(signal.SIGINT)
+            if line is EOFError:
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", typed)
+        monkeypatch.setattr(sys, "stdin", open(os.devnull))
+        infer.chat(infer.parse_args(flags), decoder, tokenizer, system)
+        return decoder.prompts, *capsys.readouterr()
+
+    yield talk
+    signal.signal(signal.SIGINT, before)
+
+
+def test_turns_are_kept_in_the_official_format(talk):
+    lines = ["q1", " ", "q2", "/system be brief", "q3", "/system", "/reset", "/system ", "/exit", "q4"]
+    prompts, out, err = talk(lines, ["a1", "a2", "a3"], system="s")
+    first = "[gMASK]sop<|system|>\n s<|user|>\n q1<|assistant|>"
+    assert prompts == [
+        first,
+        f"{first}\n a1<|user|>\n q2<|assistant|>",
+        "[gMASK]sop<|system|>\n be brief<|user|>\n q3<|assistant|>",
+    ]
+    assert out == "a1\na2\na3\n" and err.count("(system message: be brief)") == 3
+
+
+def test_a_tool_is_called_and_its_result_observed(talk):
+    answers = ["get_weather\ncall(city='北京')", "Warm."]
+    prompts, out, err = talk(["/observation 1", "weather?", "/observation 22", "/exit"], answers)
+    assert prompts[1] == (
+        "[gMASK]sop<|user|>\n weather?<|assistant|>get_weather\n call(city='北京')<|observation|>\n 22<|assistant|>"
+    )
+    assert out == "get_weather\ncall(city='北京')\nWarm.\n" and err.count("not a command here") == 1
+
+
+def test_what_was_said_before_ctrl_c_stays(talk):
+    prompts, out, err = talk(["q1", "q2", "q3"], ["so far § and on", "§", "a3"])
+    assert prompts[1].endswith("<|assistant|>\n so far <|user|>\n q2<|assistant|>")
+    assert prompts[2].endswith("<|assistant|>\n so far <|user|>\n q3<|assistant|>")  # q2 had no answer at all
+    assert "what was said stays" in err and "the turn is dropped" in err
+
+
+def test_ctrl_c_at_the_prompt_leaves_the_second_time(talk):
+    _, _, err = talk([KeyboardInterrupt, "q", KeyboardInterrupt, "q", EOFError], ["a", "a"])
+    assert err.count("(Ctrl-C again") == 2
+    prompts, _, err = talk(["q", KeyboardInterrupt, KeyboardInterrupt, "q"], ["a", "a"])
+    assert err.count("(Ctrl-C again") == 1 and len(prompts) == 1
+
+
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full(talk, tokenizer):
+    lines = [f"question {i} " + "x " * 20 for i in range(6)]
+    flags, most = ["--max-new-tokens", "20"], 160
+    prompts, out, err = talk([*lines, "y " * 300, "z"], ["answer"] * 7, *flags, seq_length=most, system="s")
+    for i, prompt in enumerate(prompts[:6]):
+        kept = [f"question {j} " in prompt for j in range(6)]
+        assert prompt.startswith("[gMASK]sop<|system|>\n s<|user|>\n question")
+        assert kept == [first <= j <= i for first in [kept.index(True)] for j in range(6)]  # the newest, whole
+    assert "question 0" in prompts[1] and "question 0" not in prompts[5] and "question 4" in prompts[5]
+    assert len(prompts) == 7 and "question 5" in prompts[6]  # nothing was lost by the message that was too long
+    assert err.count("forgotten are") >= 2 and err.count("(the prompt has") == 1
+
+
+def test_a_short_context_is_not_all_kept_for_the_answer(talk):
+    prompts, _, err = talk(["q1", "q2"], ["a1", "a2"], "--max-new-tokens", "5000", seq_length=160)
+    assert "q1" in prompts[1] and "forgotten" not in err.split("Ctrl-C")[1]
