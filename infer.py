@@ -167,25 +167,14 @@ class Decoder:
         self.cache = model.new_cache(rows, self.length)
         self.ids, self.positions = torch.zeros(2, rows, dtype=torch.long, device=model.device)
         self.seen = torch.zeros(rows, model.config.padded_vocab_size, dtype=torch.bool, device=model.device)
-        if not self.capture and not self.compile:
-            return
-        # A first step compiles and loads kernels, which can't be captured. Nothing of it stays, nor does it draw numbers.
-        with torch.random.fork_rng([torch.cuda.current_device()] if self.cuda else []):
-            stream = torch.cuda.Stream() if self.cuda else None
-            if self.cuda:
-                stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+        if self.capture or self.compile:  # a first step compiles and loads kernels; the numbers it draws are given back
+            with torch.random.fork_rng([torch.cuda.current_device()] if self.cuda else []):
                 self.step()
-            if self.cuda:
-                torch.cuda.current_stream().wait_stream(stream)
         if self.capture:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
                 self.step()
-            self.graph, self.rope = (
-                graph,
-                model.transformer.rope,
-            )  # which the graph reads; the model may make a longer one
+            self.rope = model.transformer.rope  # the graph reads this one; the model may make a longer one
 
     def prefill(self, prompts, length):
         """Computes the prompts' keys and values, and chooses each row's first token."""
@@ -316,9 +305,7 @@ def check_base(base, trained_on, path, adapter):
     whats = {"shape": "shape", "vocabulary": "vocabulary", "fixed": "weights", "matrices": "weights"}
     for key, what in whats.items():
         if base[key] and trained_on.get(key) and base[key] != trained_on[key]:
-            raise ValueError(
-                f"{path}: not the base that {adapter} was trained on: another {what}; give that with --model, or --force"
-            )
+            raise ValueError(f"{path}: {adapter} was trained on a base with other {what}; --model names it, or --force")
 
 
 def set_up(args):
@@ -337,11 +324,11 @@ def set_up(args):
         raise ValueError(f"{file}: damaged; copy it again, or train the adapter again")
     system = args.system if args.system is not None else system
     tokenizer.encode(system or "")
-    dtype, config = args.dtype, base_file(path, "config.json")
-    if args.merge_to and dtype == "auto" and config:
-        own = read_json(config)
-        own = own.get("torch_dtype", own.get("dtype"))
-        dtype = next((name for name, value in chatglm.DTYPES.items() if str(value) == f"torch.{own}"), "auto")
+    dtype = args.dtype
+    if args.merge_to is not None and dtype == "auto":
+        config = read_json(base_file(path, "config.json"))
+        own = f"torch.{config.get('torch_dtype', config.get('dtype'))}"
+        dtype = next((name for name, value in chatglm.DTYPES.items() if str(value) == own), "auto")
     model = chatglm.load_model(path, args.device, dtype, args.load_in)
     tokenizer.check_fits(model.config.padded_vocab_size)
     if path == str(chatglm.TINY) and model.device.type == "cpu":
@@ -609,10 +596,11 @@ def main(argv=None):
         run(args)
     except BrokenPipeError:
         raise
-    except torch.OutOfMemoryError:
-        sys.exit("infer.py: error: out of memory; try --load-in 4bit, or with --input a smaller --batch-size")
-    except (ValueError, OSError) as error:
-        sys.stderr.writelines(f"infer.py: error: {line}\n" for line in str(error).splitlines())
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = "out of memory; try --load-in 4bit, or with --input a smaller --batch-size"
+        sys.stderr.writelines(f"infer.py: error: {line}\n" for line in text.splitlines())
         sys.exit(2)
 
 
