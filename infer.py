@@ -401,10 +401,9 @@ def unanswered(args):
     def key(record):
         return json.dumps(without_prediction(record), sort_keys=True)
 
-    answered = collections.Counter()
+    open_ones = collections.Counter(key(record) for _, record, _ in records)
     lines = Path(args.output).read_bytes().split(b"\n") if Path(args.output).exists() else [b""]
     lines.pop()  # what follows the last newline was being written when the run ended
-    inputs = {key(record) for _, record, _ in records}
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -412,15 +411,15 @@ def unanswered(args):
                 raise ValueError("prediction")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{args.output}:{number}: not a line that infer.py wrote; mend or remove it") from error
-        if key(record) not in inputs:
+        open_ones[key(record)] -= 1
+        if open_ones[key(record)] < 0:
             raise ValueError(f"{args.output}:{number}: this record is not in --input; choose another --output")
-        answered[key(record)] += 1
     left = []
     for place, record, messages in records:
-        answered[key(record)] -= 1
-        if answered[key(record)] < 0:
+        if open_ones[key(record)]:
+            open_ones[key(record)] -= 1
             left.append((place, record, messages))
-    return left, len(records) - len(left), sum(len(line) + 1 for line in lines)
+    return left, len(lines), sum(len(line) + 1 for line in lines)
 
 
 def batch(args, decoder, tokenizer, system, left, done, end):
@@ -472,6 +471,9 @@ def chat(args, decoder, tokenizer, system):
         if asking:
             raise KeyboardInterrupt
 
+    def encoded(messages, system):
+        return data.encode_prompt(tokenizer, data.with_system(messages, system))
+
     signal.signal(signal.SIGINT, interrupt)
     say = partial(print, file=sys.stderr, flush=True)
     say(f"{COMMANDS}. Ctrl-C stops an answer.")
@@ -514,9 +516,7 @@ def chat(args, decoder, tokenizer, system):
             else:
                 asked = [*turns, [{"role": "user", "content": line}]]
             whole = len(asked)
-            while (
-                len(data.encode_prompt(tokenizer, data.with_system(sum(asked, []), system))) > room and len(asked) > 1
-            ):
+            while len(asked) > 1 and len(encoded(sum(asked, []), system)) > room:
                 asked = asked[1:]
             prompt_ids = encode_prompt(decoder, tokenizer, sum(asked, []), system)
         except ValueError as error:

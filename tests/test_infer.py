@@ -404,10 +404,10 @@ def adapter_of(directory, **base):
     [
         ({}, None),
         ({"matrices": None}, None),  # trained on a quantised base
-        ({"shape": {"num_layers": 3}}, "another shape"),
-        ({"vocabulary": "0"}, "another vocabulary"),
-        ({"fixed": "0"}, "another weights"),
-        ({"matrices": "0"}, "another weights"),
+        ({"shape": {"num_layers": 3}}, "other shape"),
+        ({"vocabulary": "0"}, "other vocabulary"),
+        ({"fixed": "0"}, "other weights"),
+        ({"matrices": "0"}, "other weights"),
     ],
 )
 def test_another_base_is_refused_unless_forced(tmp_path, capsys, base, what):
@@ -417,11 +417,8 @@ def test_another_base_is_refused_unless_forced(tmp_path, capsys, base, what):
         with pytest.raises(SystemExit) as stop:
             infer.main(common)
         out, err = capsys.readouterr()
-        assert (
-            stop.value.code == 2
-            and out == ""
-            and f"{adapter} was trained on: other weights" in err.replace(what, "other weights")
-        )
+        assert stop.value.code == 2 and out == ""
+        assert f"{adapter} was trained on a base with {what}; --model names it, or --force" in err
         infer.main([*common, "--no-adapter"])
         common.append("--force")
     infer.main(common)
@@ -617,6 +614,7 @@ def test_metadata_of_a_prediction_is_kept(answer_files, monkeypatch, tokenizer):
         ([{"conversations": [{"role": "system", "content": "s"}]}], None, "nothing to answer"),
         ([Q, {"instruction": "long " * 2000}], None, "in0.jsonl:2: the prompt has"),
         ([Q], '{"instruction": "other", "prediction": "p"}\n', "out.jsonl:1: this record is not in --input"),
+        ([Q], '{"instruction": "q", "prediction": "p"}\n' * 2, "out.jsonl:2: this record is not in --input"),
         ([Q], '{"instruction": "q", "pred\n{"instruction": "q"', "out.jsonl:1: not a line that infer.py wrote"),
         ([Q], '{"instruction": "q"}\n', "out.jsonl:1: not a line that infer.py wrote"),
         ([Q], "[]\n", "out.jsonl:1: not a line that infer.py wrote"),
