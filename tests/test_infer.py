@@ -700,6 +700,7 @@ class Terminal:
     def exit_code(self):
         for _ in range(600):
             self.read(0.05)
+            time.sleep(0.05)  # at the end of the output, reading does not wait
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 os.close(self.master)
