@@ -109,20 +109,6 @@ def as_glm(model):
     return glm.eval()
 
 
-class Clock:
-    """For generate: the time at which each token is there; the device is waited for, as a reader of the text would."""
-
-    def __init__(self, device):
-        self.device, self.times = device, []
-
-    def put(self, ids):
-        synchronize(self.device)
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
 def times_of_tokens(model, rows, how, count, again):
     """→ (when it started, when each token of the first answer was there, the same of a later one)"""
     prompts = torch.randint(3, model.config.padded_vocab_size, (rows, PROMPT)).tolist()
@@ -132,28 +118,23 @@ def times_of_tokens(model, rows, how, count, again):
         ids = torch.tensor(prompts, device=model.device)
         start = time.perf_counter()
         for _ in range(1 + again):
-            # generate streams single rows only: a batch is timed by its processors of logits, which every token passes.
-            clock = Clock(model.device)
-            processor = transformers.LogitsProcessorList([lambda _, logits, clock=clock: clock.put(None) or logits])
-            glm.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                do_sample=False,
-                logits_processor=processor,
-            )
-            runs.append(clock.times)
+            times = []
+
+            def stamp(_, logits, times=times):  # every token's logits pass here; a reader of the text would wait too
+                synchronize(model.device)
+                times.append(time.perf_counter())
+                return logits
+
+            generate = dict(max_new_tokens=count, do_sample=False, logits_processor=[stamp])
+            glm.generate(ids, attention_mask=torch.ones_like(ids), **generate)
+            runs.append(times)
         return start, runs[0], runs[-1]
     decoder = infer.Decoder(model, **how)
     for _ in range(1 + again):
         events = decoder.generate(prompts, count)
         runs.append([time.perf_counter() for row, id in events if row == rows - 1 and id is not None])
-    for layer in (
-        *model.transformer.encoder.layers,
-        model.transformer.encoder.final_layernorm,
-        model.transformer.output_layer,
-    ):
-        layer._compiled_call_impl = None
+    for module in model.modules():
+        module._compiled_call_impl = None
     return start, runs[0], runs[-1]
 
 
