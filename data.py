@@ -47,6 +47,7 @@ class ChatGLMTokenizer:
         self.special = {name: first + i for i, name in enumerate(self.SPECIAL)}
         self.names = {id: name for name, id in self.special.items()}
         self.vocab_size = first + len(self.special)
+        self.digest = hashlib.sha256(self.pieces.serialized_model_proto()).hexdigest()
         self.eos_id = self.pieces.eos_id()
         self.newline_id = self.pieces.piece_to_id("<0x0A>")
         self.stop_ids = (self.eos_id, self.special["<|user|>"], self.special["<|observation|>"])
@@ -101,11 +102,11 @@ def encode_prompt(tokenizer, messages):
 
 
 def split_answer(tokenizer, ids):
-    """What the model said after <|assistant|>, without the stop id → (metadata, content), "" for no metadata."""
-    if tokenizer.newline_id not in ids:
-        return "", tokenizer.decode(ids)
-    end = ids.index(tokenizer.newline_id)
-    return tokenizer.decode(ids[:end]).strip(), tokenizer.decode(ids[end + 1 :])
+    """What the model said after <|assistant|>, without the stop id → (metadata, content), "" for no metadata; without the
+    bytes of a last character that is not whole."""
+    end = ids.index(tokenizer.newline_id) if tokenizer.newline_id in ids else -1
+    metadata = tokenizer.decode(ids[: max(end, 0)]).strip()
+    return metadata, tokenizer.decode(ids[end + 1 :]).rstrip("\ufffd")
 
 
 def with_system(messages, system):
@@ -136,20 +137,26 @@ def read_conversations(path):
     → [(place, messages)], place being "file:line" or "file: record N". Raises DataError with every fault of the file
     (the first 20, then a count).
     """
+    return [(place, messages) for place, _, messages in read_records(path)]
+
+
+def read_records(path, prompts=False):
+    """read_conversations with the records as they were: → [(place, record, messages)]. prompts: their answers are not
+    needed; the messages are those before the last answer, if there is one."""
     path = Path(path)
-    conversations, faults = [], []
+    found_records, faults = [], []
     for place, record, fault in _records(path):
         found = [fault] if fault else []
         if not fault:
-            messages = _messages(record, found)
-            conversations.append((place, messages))
+            messages = _messages(record, found, prompts)
+            found_records.append((place, record, messages))
         faults += [f"{place}: {what}" for what in found]
-    if not conversations and not faults:
+    if not found_records and not faults:
         faults = [f"{path}: the file is empty: it has no records"]
     if faults:
         more = f"{path}: and {len(faults) - 20} more" if len(faults) > 20 else None
         raise DataError("\n".join([*faults[:20], *([more] if more else [])]))
-    return conversations
+    return found_records
 
 
 def _records(path):
@@ -190,21 +197,25 @@ def _parse(text):
         return None, 1, f"not usable JSON ({error})"
 
 
-def _messages(record, faults):
+def _messages(record, faults, prompts):
     """The record's messages; what is wrong with them is appended to `faults`."""
     if not isinstance(record, dict):
         faults.append(f"not an object but {_kind(record)}; a record is {{...}}")
         return []
     if "conversations" not in record:
-        _check_keys(record, ("instruction", "output"), ("input", "conversations"), faults)
+        required, optional = ("instruction", "output"), ("input", "conversations")
+        _check_keys(record, required[: 1 if prompts else 2], (*optional, "output") if prompts else optional, faults)
         if faults:
             return []
         question = "\n".join(filter(None, (record["instruction"], record.get("input"))))
         if not question.strip():
             faults.append("empty question: 'instruction' and 'input' are both empty")
+        messages = [{"role": "user", "content": question}]
+        if prompts:
+            return messages
         if not record["output"].strip():
             faults.append("empty answer: 'output' has no text")
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+        return [*messages, {"role": "assistant", "content": record["output"]}]
     messages = record["conversations"]
     if not isinstance(messages, list):
         faults.append(f"'conversations' must be a list of messages, not {_kind(messages)}")
@@ -235,6 +246,10 @@ def _messages(record, faults):
         faults += [f"message {number}: {what}" for what in found]
         if found:
             return []
+    if prompts and before == "system":
+        faults.append("there is nothing to answer after the system's message")
+    if prompts:
+        return messages[:-1] if before == "assistant" else messages
     if before != "assistant":
         faults.append(f"a conversation must end with an assistant's message, not {before}")
     return messages

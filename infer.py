@@ -1,103 +1,285 @@
-"""Answers with ChatGLM3 and the adapter that train.py saved.
+"""Answers with ChatGLM3 and the adapter that train.py saved: a chat, one prompt, or files of prompts; and merges the two.
 
-python infer.py --prompt "你是谁？"
-python infer.py --adapter output/ChatGLM --prompt "你是谁？" --no-adapter     # what the base says
+python infer.py                                                              # a chat in the terminal
+python infer.py --prompt "你是谁？" --compare                                # the base's answer, then the adapter's
+python infer.py --input dataset/sample.jsonl --output answers.jsonl --greedy # a batch; run again, it goes on
+python infer.py --merge-to merged                                            # base and adapter as one checkpoint
 """
 
 import argparse
+import collections
+import contextlib
+import itertools
 import json
 import os
+import shutil
+import signal
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from transformers.utils import cached_file
 
 import data
 import model as chatglm
+
+PREFILL_TOKENS = 16384  # of prompts that are computed at a time
+SHARD = "2GB"  # of a merged model, about the official size
+# Small files that stand beside the official weights; they are copied with a merged model, and never run.
+OFFICIAL_FILES = """tokenizer.model tokenizer_config.json special_tokens_map.json configuration_chatglm.py
+    modeling_chatglm.py tokenization_chatglm.py quantization.py MODEL_LICENSE""".split()
 
 
 def parse_args(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], usage="%(prog)s --prompt TEXT [options]", formatter_class=formatter
+        description=__doc__.splitlines()[0],
+        epilog="Without --prompt, --input and --merge-to: a chat.",
+        usage="%(prog)s [--prompt TEXT | --input FILE … --output FILE | --merge-to DIR] [options]",
+        formatter_class=formatter,
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
+    group = parser.add_argument_group("what to do")
+    group.add_argument("--prompt", metavar="TEXT", help="answer this user's message")
+    group.add_argument("--compare", action="store_true", help="with --prompt: the base's answer first")
+    group.add_argument("--input", nargs="+", metavar="FILE", help="answer these records, of train.py's kinds")
+    group.add_argument(
+        "--output", metavar="FILE", help="JSONL: each record with its prediction, as soon as it is there"
+    )
+    group.add_argument("--merge-to", metavar="DIR", help="save base and adapter as one checkpoint")
     group = parser.add_argument_group("model")
     group.add_argument("--adapter", default=chatglm.ADAPTER_DIR, metavar="DIR", help="what train.py wrote")
     group.add_argument(
         "--model", help="directory or hub id of the base; without it, the one the adapter was trained on"
     )
     group.add_argument("--no-adapter", action="store_true", help="answer with the base alone")
+    group.add_argument("--force", action="store_true", help="accept another base than the adapter was trained on")
     group.add_argument("--system", metavar="TEXT", help="system message; without it, the one trained with")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
     group.add_argument(
-        "--dtype", choices=("auto", *chatglm.DTYPES), default="auto", help="auto: fp16 on CUDA, else fp32"
+        "--dtype",
+        choices=("auto", *chatglm.DTYPES),
+        default="auto",
+        help="auto: fp16 on CUDA, else fp32; with --merge-to, the base's",
     )
     group.add_argument("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
+    group.add_argument("--compile", action="store_true", help="compile the blocks: faster, after some seconds")
     group = parser.add_argument_group("decoding")
+    group.add_argument("--batch-size", type=int, default=16, help="records of --input that are answered at a time")
     group.add_argument("--max-new-tokens", type=int, default=128, help="length of the answer at most")
     group.add_argument("--greedy", action="store_true", help="always the most likely token; nothing is drawn")
     group.add_argument("--temperature", type=float, default=0.8, help="below 1 sharpens, above 1 flattens")
+    group.add_argument("--top-k", type=int, help="draw from this many likeliest tokens; without it, from any number")
     group.add_argument("--top-p", type=float, default=0.8, help="draw from the likeliest tokens that add up to this")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer tokens that were there")
     group.add_argument("--seed", type=int, help="makes what is drawn repeatable")
     args = parser.parse_args(argv)
     for name, low, high in (
+        ("batch_size", 1, 2**16),
         ("max_new_tokens", 1, 2**20),
         ("temperature", 0.01, 100),
+        ("top_k", 1, 2**20),
         ("top_p", 1e-6, 1),
+        ("repetition_penalty", 0.01, 100),
         ("seed", 0, 2**63 - 1),
     ):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"argument --{name.replace('_', '-')}: must be between {low} and {high}, not {value}")
-    if not args.prompt.strip():
-        parser.error("argument --prompt: it is empty")
+    for given, message in (
+        ((args.prompt is not None) + bool(args.input) + (args.merge_to is not None) > 1, "one of these at a time"),
+        (args.prompt is not None and not args.prompt.strip(), "argument --prompt: it is empty"),
+        (bool(args.input) != (args.output is not None), "--input and --output go together"),
+        (args.compare and (args.prompt is None or args.no_adapter), "--compare needs --prompt, and an adapter"),
+        (args.merge_to is not None and args.no_adapter, "--merge-to needs an adapter"),
+        (args.merge_to is not None and args.load_in, "--merge-to: a quantised base can't be merged; no --load-in"),
+        (args.compile and args.load_in, "--compile: quantised blocks are not compiled; no --load-in"),
+    ):
+        if given:
+            parser.error(message.replace("these", "--prompt, --input and --merge-to"))
     return args
 
 
-def sample(logits, temperature, top_p):
-    """logits [V] → one id, drawn from the smallest set of likeliest tokens whose probabilities reach top_p."""
-    probs, ids = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0
-    return ids[torch.multinomial(probs, 1)]
+# --- sampling: logits [B, V] in fp32; nothing here waits for the device, so all of it can be captured -----------------
 
 
-@torch.inference_mode()
-def generate(model, prompt_ids, max_new_tokens, stop_ids, choose=torch.argmax):
-    """Yields the ids that follow `prompt_ids` one by one, until one of `stop_ids` (not yielded). choose: logits [V] → id."""
-    cache = model.new_cache(batch_size=1, length=len(prompt_ids) + max_new_tokens)
-    ids, start = torch.tensor([prompt_ids], device=model.device), 0
-    for _ in range(max_new_tokens):
-        hidden = model.transformer(ids, cache, start)  # first the whole prompt, then one token at a time
-        logits = model.transformer.output_layer(hidden[:, -1]).float()
-        start += ids.shape[1]
-        ids = choose(logits[0]).view(1, 1)
-        if ids.item() in stop_ids:
+def penalise(logits, seen, penalty):
+    """Less of the tokens that were there: seen [B, V], bool."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits, k):
+    return logits.masked_fill(logits < logits.topk(min(k, logits.shape[-1])).values[:, -1:], -torch.inf)
+
+
+def keep_top_p(logits, p):
+    """The smallest set of likeliest tokens whose probabilities reach p."""
+    probs, ids = logits.softmax(-1).sort(descending=True)
+    dropped = probs.cumsum(-1) - probs >= p
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(1, ids, dropped), -torch.inf)
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=1.0):
+    """→ one id a row, [B]"""
+    logits = logits / temperature
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p < 1:
+        logits = keep_top_p(logits, top_p)
+    # The first of exponential clocks that run at these rates: a draw with these probabilities.
+    return (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)
+
+
+def greedy(logits):
+    return logits.argmax(-1)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Prefill, then steps of one token for every row of a batch, over tensors that stay where they are: the cache, the
+    rows' last ids and their positions. So the step can be captured in a CUDA graph, and replayed as one launch. All of
+    it is kept for the next prompts, until they need more rows or more length.
+
+    choose: logits [B, V] → ids [B]; penalty: see penalise; graph: whether to capture, on CUDA; compile: the step's blocks.
+    """
+
+    def __init__(self, model, choose=greedy, penalty=1.0, graph=True, compile=False):
+        self.model, self.choose, self.penalty, self.compile = model, choose, penalty, compile
+        self.cuda = model.device.type == "cuda"
+        self.capture = graph and self.cuda
+        self.rows = self.length = 0
+        if compile:
+            network = model.transformer
+            for module in (*network.encoder.layers, network.encoder.final_layernorm, network.output_layer):
+                module.compile(options={"coordinate_descent_tuning": True})  # products with one row become reductions
+
+    def reserve(self, rows, length):
+        """Tensors, and the captured step, for so many sequences of up to `length` tokens."""
+        if rows <= self.rows and length <= self.length:
             return
-        yield ids.item()
+        model = self.model
+        self.cache = self.graph = None  # frees the old ones first
+        self.rows, self.length = rows, min(max(256, 1 << (length - 1).bit_length()), model.config.seq_length)
+        self.cache = model.new_cache(rows, self.length)
+        self.ids, self.positions = torch.zeros(2, rows, dtype=torch.long, device=model.device)
+        self.seen = torch.zeros(rows, model.config.padded_vocab_size, dtype=torch.bool, device=model.device)
+        if self.capture or self.compile:  # a first step compiles and loads kernels; the numbers it draws are given back
+            with torch.random.fork_rng([torch.cuda.current_device()] if self.cuda else []):
+                self.step()
+        if self.capture:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step()
+            self.rope = model.transformer.rope  # the graph reads this one; the model may make a longer one
+
+    def prefill(self, prompts, length):
+        """Computes the prompts' keys and values, and chooses each row's first token."""
+        self.reserve(len(prompts), length)
+        prompts = prompts + prompts[:1] * (self.rows - len(prompts))
+        device, longest = self.model.device, max(map(len, prompts))
+        # Padded on the right, with a token of their own: it is not attended to, and `seen` holds no other.
+        ids = torch.tensor([prompt + prompt[:1] * (longest - len(prompt)) for prompt in prompts], device=device)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        self.seen.zero_().scatter_(1, ids, True)
+        self.positions.copy_(ends)
+        last = []
+        with torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext():
+            for rows in torch.arange(self.rows, device=device).split(max(1, PREFILL_TOKENS // longest)):
+                part = slice(sum(map(len, last)), sum(map(len, last)) + len(rows))
+                hidden = self.model.transformer(ids[part], [[kv[part] for kv in layer] for layer in self.cache])
+                last.append(hidden[rows - part.start, ends[part]])
+        self.take(torch.cat(last))
+
+    def step(self):
+        self.take(self.model.transformer(self.ids[:, None], self.cache, self.positions)[:, 0])
+
+    def take(self, hidden):
+        """hidden [B, C] of each row's last token → its next token, in self.ids, and that token's position"""
+        logits = self.model.transformer.output_layer(hidden).float()
+        if self.penalty != 1:
+            logits = penalise(logits, self.seen, self.penalty)
+        self.ids.copy_(self.choose(logits))
+        self.seen.scatter_(1, self.ids[:, None], True)
+        self.positions.add_(1).clamp_(max=self.length - 1)  # a row that has ended goes idle at the cache's end
+
+    def tokens(self):
+        """Yields the ids chosen by prefill and then by each step, [B] on the host. On CUDA the next step is launched before
+        the ids of the last are waited for, so that the device never waits for the host."""
+        while True:
+            ids = self.ids.to("cpu", non_blocking=True)  # on CUDA into pinned memory, without waiting
+            if self.cuda:
+                chosen = torch.cuda.Event()
+                chosen.record()
+                self.graph.replay() if self.graph else self.step()
+                chosen.synchronize()
+                yield ids.tolist()
+            else:
+                yield ids.tolist()
+                self.step()
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, stop_ids=()):
+        """prompts: lists of ids → yields (row, id) for every new token, step by step, and (row, None) where a row ends:
+        before one of stop_ids, after max_new_tokens, or where the context is full."""
+        room = [min(max_new_tokens, self.model.config.seq_length - len(prompt)) for prompt in prompts]
+        self.prefill(prompts, max(len(prompt) + more for prompt, more in zip(prompts, room, strict=True)))
+        going = list(range(len(prompts)))
+        for count, ids in enumerate(self.tokens(), 1):
+            for row in going:
+                if ids[row] not in stop_ids:
+                    yield row, ids[row]
+                if ids[row] in stop_ids or count >= room[row]:
+                    going = [other for other in going if other != row]
+                    yield row, None
+            if not going:
+                return
 
 
-def stream(tokenizer, ids):
-    """Yields the pieces of text that `ids`, an iterable, add to the answer; never half a character."""
-    seen, shown = [], 0
+def encode_prompt(decoder, tokenizer, messages, system):
+    """→ ids; ValueError if they leave no room for an answer."""
+    most = decoder.model.config.seq_length
+    prompt_ids = data.encode_prompt(tokenizer, data.with_system(messages, system))
+    if len(prompt_ids) >= most:
+        raise ValueError(f"the prompt has {len(prompt_ids)} tokens; this model takes {most}")
+    return prompt_ids
+
+
+def answer(decoder, tokenizer, prompt_ids, max_new_tokens):
+    """Yields the ids of one answer."""
+    return (id for _, id in decoder.generate([prompt_ids], max_new_tokens, tokenizer.stop_ids) if id is not None)
+
+
+def stream(tokenizer, ids, seen=None, with_metadata=False):
+    """Yields the pieces of text that `ids`, an iterable, add to the answer; never half a character. seen: a list that gets
+    the ids; with_metadata: the metadata's line first, where there is one."""
+    seen, shown = [] if seen is None else seen, 0
     for id in ids:
         seen.append(id)
         if tokenizer.newline_id in seen:  # the line of metadata is over
-            text = data.split_answer(tokenizer, seen)[1].rstrip("\ufffd")
+            metadata, text = data.split_answer(tokenizer, seen)
+            text = f"{metadata}\n{text}" if metadata and with_metadata else text
             yield text[shown:]
             shown = max(shown, len(text))
-    yield data.split_answer(tokenizer, seen)[1][shown:]
+    if tokenizer.newline_id not in seen:
+        yield data.split_answer(tokenizer, seen)[1]
 
 
-def read_json(file, name):
-    """The string or null that a JSON object gives for `name`."""
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def read_json(file):
+    """A JSON object; ValueError if it's anything else."""
     try:
-        value = json.loads(file.read_text("utf-8")).get(name)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name} must be a string")
+        value = json.loads(Path(file).read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
         return value
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); copy the adapter again, or train it again") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: damaged ({error}); copy it again, or train the adapter again") from error
 
 
 def find_base(adapter_dir):
@@ -105,17 +287,29 @@ def find_base(adapter_dir):
     file = Path(adapter_dir, "adapter_config.json")
     if not file.exists():
         raise ValueError(f"{adapter_dir}: no adapter here; run train.py first, or give --adapter DIR")
-    name = read_json(file, "base_model_name_or_path")
-    if not name:
+    name = read_json(file).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
         raise ValueError(f"{file}: it names no base; give --model DIR_OR_HUB_ID")
     beside = Path(adapter_dir, name)
     return str(beside.resolve()) if beside.is_dir() and not Path(name, "config.json").exists() else name
 
 
+def base_file(path, name):
+    """A small file of a checkpoint, from its directory or the hub; None if it isn't there."""
+    quiet = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    return cached_file(path, name, **quiet)
+
+
+def check_base(base, trained_on, path, adapter):
+    """Raises ValueError if the base (see train.py's set_up) isn't the one that the adapter says it was trained on."""
+    whats = {"shape": "shape", "vocabulary": "vocabulary", "fixed": "weights", "matrices": "weights"}
+    for key, what in whats.items():
+        if base[key] and trained_on.get(key) and base[key] != trained_on[key]:
+            raise ValueError(f"{path}: {adapter} was trained on a base with other {what}; --model names it, or --force")
+
+
 def set_up(args):
-    """→ (model, tokenizer, the prompt's ids, how many tokens may follow). The adapter is merged into the base, unless that
-    is quantised, in the base's dtype: fp16 rounds what was trained in fp32. Raises ValueError or OSError with a message
-    for the user."""
+    """→ (the base, tokenizer, system message). Raises ValueError or OSError with a message for the user."""
     untrained = args.no_adapter and args.adapter == chatglm.ADAPTER_DIR and not Path(args.adapter).exists()
     path = chatglm.find_model(args.model or (None if untrained else find_base(args.adapter)))
     if path == str(chatglm.TINY):
@@ -123,26 +317,275 @@ def set_up(args):
             "The built-in tiny model, random weights. For the real job: train.py --model DIR_OR_HUB_ID", file=sys.stderr
         )
     tokenizer = data.ChatGLMTokenizer(path)
-    trained_with = Path(args.adapter, "training_args.json")
-    system = args.system
-    if system is None and trained_with.exists():
-        system = read_json(trained_with, "system")
-    messages = data.with_system([{"role": "user", "content": args.prompt}], system)
-    prompt_ids = data.encode_prompt(tokenizer, messages)
-    model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
+    file = Path(args.adapter, "training_args.json")
+    trained_with = read_json(file) if file.exists() else {}
+    system, trained_on = trained_with.get("system"), trained_with.get("base") or {}
+    if not isinstance(system, str | None) or not isinstance(trained_on, dict):
+        raise ValueError(f"{file}: damaged; copy it again, or train the adapter again")
+    system = args.system if args.system is not None else system
+    tokenizer.encode(system or "")
+    dtype = args.dtype
+    if args.merge_to is not None and dtype == "auto":
+        config = read_json(base_file(path, "config.json"))
+        own = f"torch.{config.get('torch_dtype', config.get('dtype'))}"
+        dtype = next((name for name, value in chatglm.DTYPES.items() if str(value) == own), "auto")
+    model = chatglm.load_model(path, args.device, dtype, args.load_in)
     tokenizer.check_fits(model.config.padded_vocab_size)
-    room = model.config.seq_length - len(prompt_ids)
-    if room < 1:
-        raise ValueError(f"the prompt has {len(prompt_ids)} tokens; this model takes {model.config.seq_length}")
+    if path == str(chatglm.TINY) and model.device.type == "cpu":
+        torch.set_num_threads(1)  # its matrices are too small to share
+    if trained_on and not args.no_adapter and not args.force:
+        check_base({"vocabulary": tokenizer.digest, **chatglm.fingerprint(model)}, trained_on, path, args.adapter)
+    return model, tokenizer, system
+
+
+def with_adapter(model, args):
+    """Merges the adapter into the base, unless that is quantised. The product of A and B is rounded once, when added."""
+    peft_model = chatglm.load_adapter(model, args.adapter)
+    if not args.load_in:
+        return peft_model.merge_and_unload().to(model.dtype)
+    for param in peft_model.parameters():
+        if param.dtype == torch.float32:
+            param.data = param.data.to(model.dtype)  # the adapter's; there is no autocast here
+    return model
+
+
+def merge_to(model, path, directory):
+    """Saves `model` in the official layout, with the files that stand beside the base's weights in `path`. It is written
+    beside `directory` and then renamed: whole, or not there."""
+    target = Path(directory).absolute()
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    config = read_json(base_file(path, "config.json"))
+    config = {name: value for name, value in config.items() if name not in ("dtype", "quantization_config")}
+    config |= {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "torch_dtype": str(model.dtype)[6:]}
+    dim = model.config.kv_channels // 2
+    frequencies = 1 / 10000 ** (torch.arange(0, dim, 2) / dim)  # the official code takes their dtype, not their values
+    weights = {**model.state_dict(), "transformer.rotary_pos_emb.inv_freq": frequencies.to(model.dtype)}
+    try:
+        model.save_pretrained(part, state_dict=weights, max_shard_size=SHARD)
+        (part / "config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        for name in OFFICIAL_FILES:
+            if file := base_file(path, name):
+                shutil.copyfile(file, part / name)
+        for file in part.iterdir():
+            shutil.copymode(part / "config.json", file)  # safetensors makes its files the owner's alone
+        os.replace(part, target)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, Exception):  # of the disk, in words of whichever library wrote
+            raise ValueError(f"{directory}: cannot write: {chatglm.brief(error)}") from error
+        raise
+
+
+# --- batch ------------------------------------------------------------------------------------------------------------
+
+
+def without_prediction(record):
+    return {name: value for name, value in record.items() if name not in ("prediction", "prediction_metadata")}
+
+
+def unanswered(args):
+    """→ (the records of --input that have no line in --output yet [(place, record, messages)], how many have, the length
+    of its whole lines in bytes). Equal records have a line each. Raises ValueError for an --output that isn't of these."""
+    records, faults = [], []
+    for file in args.input:
+        try:
+            records += data.read_records(file, prompts=True)
+        except data.DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise data.DataError("\n".join(faults))
+    if not Path(args.output).absolute().parent.is_dir():
+        raise ValueError(f"{args.output}: there is no such directory; make it first")
+
+    def key(record):
+        return json.dumps(without_prediction(record), sort_keys=True)
+
+    open_ones = collections.Counter(key(record) for _, record, _ in records)
+    lines = Path(args.output).read_bytes().split(b"\n") if Path(args.output).exists() else [b""]
+    lines.pop()  # what follows the last newline was being written when the run ended
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record["prediction"], str):
+                raise ValueError("prediction")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{args.output}:{number}: not a line that infer.py wrote; mend or remove it") from error
+        open_ones[key(record)] -= 1
+        if open_ones[key(record)] < 0:
+            raise ValueError(f"{args.output}:{number}: this record is not in --input; choose another --output")
+    left = []
+    for place, record, messages in records:
+        if open_ones[key(record)]:
+            open_ones[key(record)] -= 1
+            left.append((place, record, messages))
+    return left, len(lines), sum(len(line) + 1 for line in lines)
+
+
+def batch(args, decoder, tokenizer, system, left, done, end):
+    """Answers the records, of similar length together, and adds each to --output as soon as its answer is whole."""
+    jobs, faults = [], []
+    for place, record, messages in left:
+        try:
+            jobs.append((encode_prompt(decoder, tokenizer, messages, system), record))
+        except ValueError as error:
+            faults.append(f"{place}: {error}")
+    if faults:
+        more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
+        raise ValueError("\n".join(faults[:20] + more))
+    jobs.sort(key=lambda job: len(job[0]))
+    interval = 0.1 if sys.stderr.isatty() else 10
+    bar = tqdm(total=done + len(left), initial=done, unit="answer", dynamic_ncols=True, mininterval=interval)
+    with open(args.output, "ab") as file, bar:
+        file.truncate(end)
+        for start in range(0, len(jobs), args.batch_size):
+            prompts, records = zip(*jobs[start : start + args.batch_size], strict=True)
+            answers = [[] for _ in prompts]
+            for row, id in decoder.generate(list(prompts), args.max_new_tokens, tokenizer.stop_ids):
+                if id is not None:
+                    answers[row].append(id)
+                    continue
+                metadata, prediction = data.split_answer(tokenizer, answers[row])
+                line = without_prediction(records[row]) | {"prediction": prediction}
+                line |= {"prediction_metadata": metadata} if metadata else {}
+                text = json.dumps(line, ensure_ascii=False) + "\n"
+                file.write(text.encode("utf-8", "backslashreplace"))  # which gives half a surrogate pair as JSON does
+                file.flush()
+                bar.update()
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+COMMANDS = "/reset forgets the conversation, /system TEXT sets the system message, /observation TEXT gives a tool's result, /exit"
+
+
+def chat(args, decoder, tokenizer, system):
+    """Turns of the terminal's lines and the model's answers, until /exit, the end of input, or Ctrl-C twice."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # input() then edits lines; a bare terminal would cut them at 4,095 bytes
+    sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 comes through, and the tokenizer refuses it
+    asking, stopped = False, threading.Event()
+
+    def interrupt(*_):
+        stopped.set()
+        if asking:
+            raise KeyboardInterrupt
+
+    def encoded(messages, system):
+        return data.encode_prompt(tokenizer, data.with_system(messages, system))
+
+    signal.signal(signal.SIGINT, interrupt)
+    say = partial(print, file=sys.stderr, flush=True)
+    say(f"{COMMANDS}. Ctrl-C stops an answer.")
+    seq_length = decoder.model.config.seq_length
+    room = seq_length - min(args.max_new_tokens, seq_length // 2)  # for the conversation; the rest is the answer's
+    turns = []  # each a list of messages: the user's, and what followed it
+    while True:
+        leaving = asking and stopped.is_set()  # asking still: the last line was not read but interrupted
+        stopped.clear()
+        try:
+            asking = True
+            line = input("> ")
+            asking = False
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            if leaving:
+                return print()
+            say("\n(Ctrl-C again, Ctrl-D or /exit leaves)")
+            continue
+        command, _, text = line.partition(" ")
+        try:
+            if not line.strip():
+                continue
+            elif command == "/exit":
+                return
+            elif command == "/reset":
+                turns = []
+                say("(a new conversation)")
+                continue
+            elif command == "/system":
+                tokenizer.encode(text)  # ValueError for what is not UTF-8
+                turns, system = ([], text) if text.strip() else (turns, system)
+                say(f"(system message: {system or 'none'})")
+                continue
+            elif command == "/observation" and text.strip() and turns:
+                asked = [*turns[:-1], [*turns[-1], {"role": "observation", "content": text}]]
+            elif line.startswith("/"):
+                raise ValueError(f"not a command here; {COMMANDS}; a message may start with a space")
+            else:
+                asked = [*turns, [{"role": "user", "content": line}]]
+            whole = len(asked)
+            while len(asked) > 1 and len(encoded(sum(asked, []), system)) > room:
+                asked = asked[1:]
+            prompt_ids = encode_prompt(decoder, tokenizer, sum(asked, []), system)
+        except ValueError as error:
+            say(f"({error})")
+            continue
+        if len(asked) < whole:
+            say(f"(the context is full: forgotten are the oldest turns, {whole - len(asked)})")
+        ids = []
+        new_ids = answer(decoder, tokenizer, prompt_ids, args.max_new_tokens)
+        new_ids = itertools.takewhile(lambda _: not stopped.is_set(), new_ids)
+        for piece in stream(tokenizer, new_ids, ids, with_metadata=True):
+            print(piece, end="", flush=True)
+        print()
+        metadata, content = data.split_answer(tokenizer, ids)
+        if stopped.is_set():
+            say("(stopped; what was said stays in the conversation)" if content else "(stopped; the turn is dropped)")
+        elif len(ids) == args.max_new_tokens:
+            say(f"(cut at --max-new-tokens {args.max_new_tokens})")
+        if content or not stopped.is_set():
+            turns = [*asked[:-1], [*asked[-1], {"role": "assistant", "metadata": metadata, "content": content}]]
+
+
+# --- main -------------------------------------------------------------------------------------------------------------
+
+
+def reply(args, decoder, tokenizer, system):
+    """Prints the answer to --prompt."""
+    prompt_ids = encode_prompt(decoder, tokenizer, [{"role": "user", "content": args.prompt}], system)
+    for text in stream(tokenizer, answer(decoder, tokenizer, prompt_ids, args.max_new_tokens)):
+        print(text, end="", flush=True)
+    print()
+
+
+def new_decoder(model, args):
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    choose = (
+        greedy if args.greedy else partial(sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    )
+    # 8-bit products wait for the device, which can't be captured.
+    return Decoder(model, choose, args.repetition_penalty, graph=not args.load_in, compile=args.compile)
+
+
+def run(args):
+    """Raises ValueError or OSError with a message for the user."""
+    todo = unanswered(args) if args.input else ()
+    if args.merge_to is not None and Path(args.merge_to).exists():
+        if not Path(args.merge_to).is_dir() or any(Path(args.merge_to).iterdir()):
+            raise ValueError(f"{args.merge_to}: there is something already; choose another --merge-to")
+    model, tokenizer, system = set_up(args)
+    path = model.name_or_path
+    if args.compare:
+        print("--- base")
+        reply(args, new_decoder(model, args), tokenizer, system)
+        print("--- adapter")
     if not args.no_adapter:
-        peft_model = chatglm.load_adapter(model, args.adapter)
-        if args.load_in:
-            for param in peft_model.parameters():
-                if param.dtype == torch.float32:
-                    param.data = param.data.to(model.dtype)  # the adapter's; there is no autocast here
-        else:
-            model = peft_model.merge_and_unload().to(model.dtype)  # the product of A and B is rounded once, when added
-    return model, tokenizer, prompt_ids, min(room, args.max_new_tokens)
+        model = with_adapter(model, args)
+    if args.merge_to is not None:
+        merge_to(model, path, args.merge_to)
+        print(f"saved    {args.merge_to}; try it:")
+        print(f"         python infer.py --no-adapter --model {args.merge_to}")
+        return
+    decoder = new_decoder(model, args)
+    if args.prompt is not None:
+        reply(args, decoder, tokenizer, system)
+    elif args.input:
+        batch(args, decoder, tokenizer, system, *todo)
+    else:
+        chat(args, decoder, tokenizer, system)
 
 
 def main(argv=None):
@@ -150,16 +593,15 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     chatglm.quiet_libraries()
     try:
-        model, tokenizer, prompt_ids, room = set_up(args)
-    except (ValueError, OSError) as error:
-        sys.stderr.writelines(f"infer.py: error: {line}\n" for line in str(error).splitlines())
+        run(args)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = "out of memory; try --load-in 4bit, or with --input a smaller --batch-size"
+        sys.stderr.writelines(f"infer.py: error: {line}\n" for line in text.splitlines())
         sys.exit(2)
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    choose = torch.argmax if args.greedy else lambda logits: sample(logits, args.temperature, args.top_p)
-    for text in stream(tokenizer, generate(model, prompt_ids, room, tokenizer.stop_ids, choose)):
-        print(text, end="", flush=True)
-    print()
 
 
 if __name__ == "__main__":
@@ -167,3 +609,5 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # whoever read the answer has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)

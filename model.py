@@ -107,8 +107,8 @@ def rope_table(length, dim, head_dim, base, device):
 
 
 def apply_rope(x, rope):
-    """Rotates each pair (a, b) to (a cos - b sin, b cos + a sin). x [B, T, heads, D], rope [T, 2, D]."""
-    cos, sin = rope[:, None].unbind(2)
+    """Rotates each pair (a, b) to (a cos - b sin, b cos + a sin). x [B, T, heads, D], rope [(B,) T, 2, D]."""
+    cos, sin = rope.unsqueeze(-3).unbind(-2)
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return x * cos + swapped * sin
 
@@ -122,21 +122,29 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, out, bias=config.add_qkv_bias)
         self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, rope, cache=None, start=0):
+    def forward(self, x, rope, cache=None, at=None):
+        """x [B, T, C]. cache: this layer's keys and values, each [B, G, L, D], which what is computed here is written to.
+        at: None where x starts the sequences; where it is one more token of each, T = 1, see Transformer.forward."""
         B, T, _ = x.shape
         qkv = self.query_key_value(x).view(B, T, self.heads + 2 * self.groups, self.head_dim)
         qk, v = qkv.split((self.heads + self.groups, self.groups), dim=2)
         q, k = apply_rope(qk, rope).split((self.heads, self.groups), dim=2)
+        if at is not None:
+            rows, positions, mask = at
+            keys, values = cache
+            keys[rows, :, positions] = k.squeeze(1)
+            values[rows, :, positions] = v.squeeze(1)
+            # The heads of a group stand where the one token was, so that no key is repeated for them. Written out, because
+            # attention kernels that take a mask give a whole group to one multiprocessor, however long the cache.
+            q = q.reshape(B, self.groups, -1, self.head_dim) * self.head_dim**-0.5  # [B, G, H/G, D]
+            y = (q @ keys.mT + mask).softmax(-1) @ values
+            return self.dense(y.view(B, 1, -1))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or G, T, D]
-        mask = None
         if cache is not None:
-            cache[0, :, :, start : start + T] = k
-            cache[1, :, :, start : start + T] = v
-            k, v = cache[:, :, :, : start + T]
-            if start and T > 1:  # new tokens see the whole past and each other causally
-                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+            for kept, new in zip(cache, (k, v), strict=True):
+                kept[:, :, :T] = new
         # Without a mask argument, causal attention alone is right for right-padded batches: no real token sees padding.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and not start, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
         return self.dense(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -159,8 +167,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, cache=None, start=0):
-        x = x + self.self_attention(self.input_layernorm(x), rope, cache, start)
+    def forward(self, x, rope, cache=None, at=None):
+        x = x + self.self_attention(self.input_layernorm(x), rope, cache, at)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -177,12 +185,12 @@ class Encoder(nn.Module):
         self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
         self.checkpointed_layers = 0  # how many of the layers recompute their activations in backward
 
-    def forward(self, x, rope, cache=None, start=0):
+    def forward(self, x, rope, cache=None, at=None):
         for i, layer in enumerate(self.layers):
             if self.training and torch.is_grad_enabled() and i < self.checkpointed_layers:
                 x = checkpoint(layer, x, rope, use_reentrant=False)
             else:
-                x = layer(x, rope, None if cache is None else cache[i], start)
+                x = layer(x, rope, None if cache is None else cache[i], at)
         return self.final_layernorm(x)
 
 
@@ -196,16 +204,24 @@ class Transformer(nn.Module):
         self.rope_base = 10000.0 * config.rope_ratio
         self.rope = torch.empty(0)
 
-    def forward(self, input_ids, cache=None, start=0):
-        """input_ids [B, T] at positions start, start + 1, … → hidden states [B, T, C], after the final norm."""
+    def forward(self, input_ids, cache=None, positions=None):
+        """input_ids [B, T] → hidden states [B, T, C], after the final norm. With a cache (new_cache), keys and values are
+        kept there: first those of prompts, padded on the right; then, with T = 1 and `positions` [B], those of one more
+        token of each row, at that row's own position. Nothing there depends on the positions but through the device, so
+        a CUDA graph can hold it; keys past a row's position, of padding or of an earlier use, are not seen."""
         x = self.embedding.word_embeddings(input_ids)
         if self.training and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # it needs no gradient, but so all blocks are alike, and compiled once
-        end = start + input_ids.shape[1]
+        end = input_ids.shape[1] if positions is None else cache[0][0].shape[2]
         if len(self.rope) < end or self.rope.device != x.device:
             with torch.inference_mode(False):  # made while decoding, it must still serve a training step
                 self.rope = rope_table(max(2 * end, 2048), self.head_dim // 2, self.head_dim, self.rope_base, x.device)
-        return self.encoder(x, self.rope[start:end].to(x.dtype), cache, start)
+        if positions is None:
+            return self.encoder(x, self.rope[:end].to(x.dtype), cache)
+        unseen = torch.arange(end, device=x.device) > positions[:, None]  # [B, L]
+        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, -torch.inf)[:, None, None]
+        rows = torch.arange(len(positions), device=x.device)
+        return self.encoder(x, self.rope[positions, None].to(x.dtype), cache, (rows, positions, mask))
 
 
 class ChatGLMForCausalLM(PreTrainedModel):
@@ -281,10 +297,10 @@ class ChatGLMForCausalLM(PreTrainedModel):
         return F.nll_loss(log_probs, targets, reduction="sum")
 
     def new_cache(self, batch_size, length):
-        """An empty key/value cache for `length` tokens: [layers, 2, B, G, length, D]."""
+        """An empty key/value cache for `length` tokens: a layer's keys and values, [B, G, length, D] each."""
         c = self.config
-        shape = (c.num_layers, 2, batch_size, c.multi_query_group_num, length, c.kv_channels)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        shape = (batch_size, c.multi_query_group_num, length, c.kv_channels)
+        return [[torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv"] for _ in range(c.num_layers)]
 
 
 TINY = Path(__file__).parent / "dataset" / "tiny"

@@ -348,7 +348,7 @@ STATE = ("training_state.safetensors", "training_state.json", "metrics.jsonl")
 # Where a run is. The sums are those since the last line of metrics.
 START = {"step": 0, "loss": 0.0, "supervised": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
 # Arguments that may change when a run is resumed: they say where files are, or what run_identity has in another form.
-FREE = "model data device dtype batch_size gradient_accumulation_steps output_dir save_steps keep_checkpoints resume overwrite"
+FREE = "model base data device dtype batch_size gradient_accumulation_steps output_dir save_steps keep_checkpoints resume overwrite"
 
 
 def run_identity(args, model, dataset):
@@ -356,7 +356,7 @@ def run_identity(args, model, dataset):
     same = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE.split()}
     same["--device"], same["--dtype"] = model.device.type, str(model.dtype)[6:]
     same["--batch-size × --gradient-accumulation-steps × processes"] = samples_per_step(args)
-    return same | {"--model": chatglm.fingerprint(model), "--data": dataset.digest}
+    return same | {"--model": args.base, "--data": dataset.digest}
 
 
 def write_adapter(directory, peft_model, args):
@@ -569,6 +569,7 @@ def set_up(args):
     start = time.perf_counter()
     model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
     tokenizer.check_fits(model.config.padded_vocab_size)
+    args.base = {"vocabulary": tokenizer.digest, **chatglm.fingerprint(model)}  # saved with the other arguments
     if args.max_length > model.config.seq_length:
         raise ValueError(f"--max-length {args.max_length}: this model takes at most {model.config.seq_length} tokens")
     total = sum(p.numel() for p in model.parameters())

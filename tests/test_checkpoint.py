@@ -19,7 +19,7 @@ def test_it_loads_and_says_who_it_is():
     model, tokenizer = chatglm.load_model(DIRECTORY), data.ChatGLMTokenizer(DIRECTORY)
     assert sum(p.numel() for p in model.parameters()) == 6_243_584_000
     prompt_ids = data.encode_prompt(tokenizer, [{"role": "user", "content": "你好"}])
-    answer = "".join(infer.stream(tokenizer, infer.generate(model, prompt_ids, 64, tokenizer.stop_ids)))
+    answer = "".join(infer.stream(tokenizer, infer.answer(infer.Decoder(model), tokenizer, prompt_ids, 64)))
     assert "ChatGLM3-6B" in answer
 
 

@@ -62,10 +62,12 @@ def test_a_quantised_base_trains_saves_and_answers(tmp_path, load_in, device):
     losses, _ = run_training(tmp_path, "--load-in", load_in, device=device)
     assert losses[-1] < losses[0] - 1
     arguments = ["--prompt", "q", "--adapter", tmp_path, "--device", device, "--load-in", load_in]
-    model, _, prompt_ids, _ = infer.set_up(infer.parse_args([str(a) for a in arguments]))
+    args = infer.parse_args([str(a) for a in arguments])
+    base, _, _ = infer.set_up(args)  # which is known again, though its matrices are quantised
+    model = infer.with_adapter(base, args)
     qkv = model.transformer.encoder.layers[1].self_attention.query_key_value
     assert qkv.base_layer.weight.dtype in (torch.uint8, torch.int8) and hasattr(qkv, "lora_A")
-    assert len(list(infer.generate(model, prompt_ids, 5, ()))) == 5
+    assert len(list(infer.new_decoder(model, args).generate([[5, 6, 7]], 5))) == 6
 
 
 def test_quantisation_without_its_package_says_what_to_install(monkeypatch):

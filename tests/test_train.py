@@ -166,8 +166,8 @@ def test_whole_modules_train_and_answer_in_half_precision(tmp_path, dtype):
     assert sum("output_layer.weight" in n or "final_layernorm.weight" in n for n in names) == 2
     assert sum("word_embeddings" in n for n in names) == 2
     args = infer.parse_args(["--prompt", "q", "--adapter", str(directory), "--device", "cpu", "--dtype", dtype])
-    model, tokenizer, prompt_ids, _ = infer.set_up(args)
-    assert list(infer.generate(model, prompt_ids, 3, ()))
+    model = infer.with_adapter(infer.set_up(args)[0], args)
+    assert len(list(infer.new_decoder(model, args).generate([[5, 6, 7]], 3))) == 4  # three ids, and the end
 
 
 def test_learning_rate():

@@ -1,0 +1,190 @@
+"""Measures infer.py's decoding against transformers' generate on the same network, in one run.
+
+    python tests/benchmarks/decoding.py
+
+On CUDA the network has chatglm3-6b's shape in fp16; on a CPU it is that of the built-in model in fp32. Its weights are
+random. Every row decodes greedily, from prompts of 64 tokens, with no token at which it would stop. "bandwidth" is what a
+step must read, the weights besides the embedding, times steps a second, over the measured rate of a copy on the device
+(bytes read and written). "first" is the time from the weights in memory to the first token: kernels, cache, capturing,
+compiling, prefill. Then the same decoder answers again, timed from the second token on. transformers' network is its
+GLM-4, of the same architecture, with views of the same weights; its first logits are checked to be ours.
+"""
+
+import argparse
+import datetime
+import gc
+import itertools
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from random_checkpoint import random_model
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import infer
+import model as chatglm
+
+PROMPT = 64
+RUNS = {  # name: (rows, how Decoder is made); None: transformers
+    "graph, batch 1": (1, {}),
+    "compiled, graph, batch 1": (1, dict(compile=True)),
+    "graph, batch 16": (16, {}),
+    "compiled, graph, batch 16": (16, dict(compile=True)),
+    "eager, batch 1": (1, dict(graph=False)),
+    "transformers' generate, batch 1": (1, None),
+    "transformers' generate, batch 16": (16, None),
+}
+ON_A_CPU = {"eager, batch 1", "compiled, batch 1", "eager, batch 16", *list(RUNS)[-2:]}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def copy_rate(device):
+    """Bytes a second, read and written, of the best of some copies."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(20):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+def as_glm(model):
+    """transformers' GlmForCausalLM with views of `model`'s weights: query_key_value is split in three, nothing is copied."""
+    c = model.config
+    config = transformers.GlmConfig(
+        vocab_size=c.padded_vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.ffn_hidden_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.multi_query_group_num,
+        head_dim=c.kv_channels,
+        attention_bias=c.add_qkv_bias,
+        rms_norm_eps=c.layernorm_epsilon,
+        max_position_embeddings=c.seq_length,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0 * c.rope_ratio,
+            "partial_rotary_factor": 0.5,
+        },
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    with torch.device("meta"):
+        glm = transformers.GlmForCausalLM(config)
+    names = {
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "self_attention.dense": "self_attn.o_proj",
+        "mlp.dense_h_to_4h": "mlp.gate_up_proj",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    }
+    weights = {
+        "model.embed_tokens.weight": model.get_input_embeddings().weight,
+        "model.norm.weight": model.transformer.encoder.final_layernorm.weight,
+        "lm_head.weight": model.get_output_embeddings().weight,
+    }
+    sizes = [n * c.kv_channels for n in (c.num_attention_heads, c.multi_query_group_num, c.multi_query_group_num)]
+    for i, layer in enumerate(model.transformer.encoder.layers):
+        for ours, theirs in names.items():
+            weights[f"model.layers.{i}.{theirs}.weight"] = layer.get_submodule(ours).weight
+        for kind, tensor in layer.self_attention.query_key_value.named_parameters():
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), tensor.split(sizes), strict=True):
+                weights[f"model.layers.{i}.self_attn.{name}.{kind}"] = part
+    glm.load_state_dict(weights, strict=True, assign=True)
+    with torch.device(model.device):
+        glm.model.rotary_emb = type(glm.model.rotary_emb)(config)  # its buffers are no weights
+    return glm.eval()
+
+
+def times_of_tokens(model, rows, how, count, again):
+    """→ (when it started, when each token of the first answer was there, the same of a later one)"""
+    prompts = torch.randint(3, model.config.padded_vocab_size, (rows, PROMPT)).tolist()
+    start, runs = time.perf_counter(), []
+    if how is None:
+        glm = as_glm(model)
+        ids = torch.tensor(prompts, device=model.device)
+        start = time.perf_counter()
+        for _ in range(1 + again):
+            times = []
+
+            def stamp(_, logits, times=times):  # every token's logits pass here; a reader of the text would wait too
+                synchronize(model.device)
+                times.append(time.perf_counter())
+                return logits
+
+            generate = dict(max_new_tokens=count, do_sample=False, logits_processor=[stamp])
+            glm.generate(ids, attention_mask=torch.ones_like(ids), **generate)
+            runs.append(times)
+        return start, runs[0], runs[-1]
+    decoder = infer.Decoder(model, **how)
+    for _ in range(1 + again):
+        events = decoder.generate(prompts, count)
+        runs.append([time.perf_counter() for row, id in events if row == rows - 1 and id is not None])
+    for module in model.modules():
+        module._compiled_call_impl = None
+    return start, runs[0], runs[-1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=256, help="decoded by every row")
+    parser.add_argument("--only", default="", help="measure the rows of the table whose name contains this")
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    torch.manual_seed(0)
+    if cuda:
+        model = random_model(chatglm.ChatGLMConfig(), device, torch.float16)
+        name = torch.cuda.get_device_name()
+    else:
+        model = random_model(chatglm.ChatGLMConfig.from_pretrained(str(chatglm.TINY)), device, torch.float32)
+        name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    model.eval()
+    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    rate = copy_rate(device)
+    with torch.no_grad():
+        ids = torch.randint(3, model.config.padded_vocab_size, (1, PROMPT), device=device)
+        ours, theirs = model(ids).logits.float(), as_glm(model)(ids).logits.float()
+        difference = float((ours - theirs).norm() / ours.norm())
+        assert difference < (1e-2 if cuda else 1e-5), difference
+    print(f"{datetime.date.today()}, {name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{weights / 2**30:.2f} GiB read a step; copy {rate / 1e12:.3f} TB/s, ", end="")
+    print(
+        f"so at most {rate / weights:.0f} steps/s; logits differ from transformers' by {difference:.0e} of their norm\n"
+    )
+    print("| | tok/s | of bandwidth | first token, s |\n|---|---|---|---|")
+    runs = (
+        RUNS
+        if cuda
+        else {n.replace("compiled, graph", "compiled").replace("graph", "eager"): r for n, r in RUNS.items()}
+    )
+    for name, (rows, how) in runs.items():
+        if args.only not in name or (not cuda and name not in ON_A_CPU):
+            continue
+        synchronize(device)
+        start, first, later = times_of_tokens(model, rows, how, args.tokens, again=2)
+        gaps = [b - a for a, b in itertools.pairwise(later)]
+        steps = len(gaps) / sum(gaps)
+        print(f"| {name} | {rows * steps:,.0f} | {steps * weights / rate:.0%} | {first[0] - start:.1f} |", flush=True)
+        gc.collect()
+        torch._dynamo.reset()
+        if cuda:
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
