@@ -676,6 +676,8 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, str(ROOT / "infer.py"), *map(str, arguments)])
 
     def type(self, text):
+        if text == "\x03":
+            time.sleep(0.3)  # between its prompt and its wait for keys, readline would leave it for the next key
         data = text.encode() if isinstance(text, str) else text
         while data:
             data = data[os.write(self.master, data[:500]) :]
