@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers.utils import cached_file
 
@@ -156,6 +157,10 @@ class Decoder:
             network = model.transformer
             for module in (*network.encoder.layers, network.encoder.final_layernorm, network.output_layer):
                 module.compile(options={"coordinate_descent_tuning": True})  # products with one row become reductions
+            for layer in network.encoder.layers:  # but only where a bias is not part of the product
+                linear = layer.self_attention.query_key_value
+                if linear.bias is not None:
+                    linear.forward = lambda x, it=linear: F.linear(x, it.weight) + it.bias
 
     def reserve(self, rows, length):
         """Tensors, and the captured step, for so many sequences of up to `length` tokens."""

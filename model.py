@@ -6,10 +6,10 @@ Module names are those of the official checkpoint, so weights and adapters inter
 Shapes: B batch, T tokens, C hidden size, H query heads, G key/value groups, D channels a head, V vocabulary.
 """
 
-import copy
 import difflib
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -435,20 +435,25 @@ def _trainable_in_fp32(peft_model):
     return peft_model
 
 
-def save_adapter(peft_model, directory):
-    """Writes adapter_model.safetensors and adapter_config.json, peft's own layout, into `directory`."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
+def adapter_files(peft_model):
+    """→ {name: content} of adapter_model.safetensors and adapter_config.json, peft's own layout."""
     # save_embedding_layers=False: peft would otherwise ask the hub whether the vocabulary was resized.
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    file = Path(directory, "adapter_model.safetensors")
-    file.write_bytes(safetensors_bytes(state, metadata={"format": "pt"}))  # save_file would make it the owner's alone
-    config = copy.copy(peft_model.peft_config["default"])
-    config.inference_mode = True
-    for name in ("target_modules", "modules_to_save"):
-        if isinstance(getattr(config, name), set | list):
-            setattr(config, name, sorted(getattr(config, name)))  # peft keeps a set, whose order changes between runs
-    config.save_pretrained(directory)
+    config = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
+    # peft keeps some lists as sets, whose order changes between runs.
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    return {
+        "adapter_model.safetensors": safetensors_bytes(state, metadata={"format": "pt"}),
+        "adapter_config.json": json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
+    }
+
+
+def save_adapter(peft_model, directory):
+    """Writes adapter_files into `directory`."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, content in adapter_files(peft_model).items():
+        Path(directory, name).write_bytes(content)
 
 
 def load_adapter(model, adapter_dir, is_trainable=False):

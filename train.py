@@ -18,6 +18,7 @@ import signal
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -345,6 +346,7 @@ def make_step(args, model, scaler, dataset):
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "training_args.json")
 STATE = ("training_state.safetensors", "training_state.json", "metrics.jsonl")
+WHOLE = ADAPTER + STATE  # what SHA256SUMS lists
 # Where a run is. The sums are those since the last line of metrics.
 START = {"step": 0, "loss": 0.0, "supervised": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
 # Arguments that may change when a run is resumed: they say where files are, or what run_identity has in another form.
@@ -359,64 +361,71 @@ def run_identity(args, model, dataset):
     return same | {"--model": args.base, "--data": dataset.digest}
 
 
-def write_adapter(directory, peft_model, args):
-    """The adapter in peft's layout, and the arguments that it was trained with: infer.py reads the system message there."""
-    chatglm.save_adapter(peft_model, directory)
+def adapter_files(peft_model, args):
+    """→ {name: content}: the adapter in peft's layout, and the arguments that it was trained with, where infer.py looks for
+    the system message and the base's fingerprint."""
     kept = {k: v for k, v in vars(args).items() if k not in ("output_dir", "resume", "overwrite")}
-    Path(directory, "training_args.json").write_text(json.dumps(kept, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    return chatglm.adapter_files(peft_model) | {"training_args.json": as_json(kept)}
 
 
-def save_checkpoint(output_dir, peft_model, optimizer, scaler, progress, run, args):
-    """Writes checkpoint-N, from which the run can go on bit for bit: the adapter, AdamW's moments, the scaler, `progress`
-    (place in the data, sums since the last line of metrics), the metrics so far, and `run` (run_identity). There is no
-    random state to keep: dropout is seeded anew for each update. SHA256SUMS tells whether all of it is whole."""
-    directory = output_dir / f"checkpoint-{progress['step']}"
-    part = fresh(directory.with_suffix(".part"))
-    write_adapter(part, peft_model, args)
+def checkpoint_files(peft_model, optimizer, scaler, progress, run, args, metrics):
+    """→ {name: content} of what a run can go on from, bit for bit: the adapter, AdamW's moments, the scaler, `progress` (place
+    in the data, sums since the last line of metrics), the metrics so far, and `run` (run_identity). There is no random
+    state to keep: dropout is seeded anew for each update. SHA256SUMS tells whether all of it is whole."""
     moments = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{name}": t.cpu() for i, state in moments.items() for name, t in state.items()}
-    (part / "training_state.safetensors").write_bytes(safetensors_bytes(tensors))
+    tensors = {f"{i}.{name}": tensor.cpu() for i, state in moments.items() for name, tensor in state.items()}
     progress = {name: value.item() if torch.is_tensor(value) else value for name, value in progress.items()}
-    state = {"progress": progress, "scaler": scaler.state_dict(), "run": run}
-    (part / "training_state.json").write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", "utf-8")
-    shutil.copyfile(output_dir / "metrics.jsonl", part / "metrics.jsonl")
-    sums = "".join(f"{sha256(part / name)}  {name}\n" for name in ADAPTER + STATE)
-    (part / "SHA256SUMS").write_text(sums)
-    flush(part)
+    files = adapter_files(peft_model, args)
+    files["training_state.safetensors"] = safetensors_bytes(tensors)
+    files["training_state.json"] = as_json({"progress": progress, "scaler": scaler.state_dict(), "run": run})
+    files["metrics.jsonl"] = metrics
+    return files
+
+
+def write_checkpoint(directory, files, keep=None):
+    """Writes `files` and their SHA256SUMS, and removes all but the newest `keep` checkpoints."""
+    files["SHA256SUMS"] = "".join(f"{sha256(files[name])}  {name}\n" for name in WHOLE).encode()
+    part = write(directory.with_suffix(".part"), files)
     if directory.exists():  # a damaged one, or the same: a run that went back passes here again
         shutil.rmtree(directory)
     os.replace(part, directory)
-    flush(output_dir, files=False)
-    for old in checkpoints(output_dir)[args.keep_checkpoints or sys.maxsize :]:
+    flush(directory.parent)
+    for old in checkpoints(directory.parent)[keep or sys.maxsize :]:
         shutil.rmtree(old)
 
 
-def save_result(output_dir, peft_model, args):
+def write_result(output_dir, files):
     """Puts the adapter into `output_dir`, each file whole or not at all."""
-    part = fresh(output_dir / "adapter.part")
-    write_adapter(part, peft_model, args)
-    flush(part)
-    for file in part.iterdir():
-        os.replace(file, output_dir / file.name)
+    part = write(output_dir / "adapter.part", files)
+    for name in files:
+        os.replace(part / name, output_dir / name)
     part.rmdir()
+    flush(output_dir)
 
 
-def fresh(directory):
+def write(directory, files):
+    """Makes a new directory of them, on the disk and not only in its cache."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+        flush(directory / name)
+    flush(directory)
     return directory
 
 
-def flush(directory, files=True):
-    """To the disk: a directory's names, and the files in it."""
-    for path in [*(directory.iterdir() if files else ()), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
-def sha256(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def as_json(value):
+    return json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n"
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 def checkpoints(output_dir):
@@ -428,7 +437,7 @@ def checkpoints(output_dir):
 def is_whole(checkpoint):
     try:
         lines = (checkpoint / "SHA256SUMS").read_text("ascii").splitlines()
-        return lines == [f"{sha256(checkpoint / name)}  {name}" for name in ADAPTER + STATE]
+        return lines == [f"{sha256((checkpoint / name).read_bytes())}  {name}" for name in WHOLE]
     except (OSError, ValueError):
         return False
 
@@ -493,15 +502,21 @@ def start_writing(output_dir, checkpoint):
     return metrics
 
 
+def last_good(output_dir, disk):
+    """The newest whole checkpoint, once the thread `disk` has ended, or None."""
+    disk.shutdown()
+    return next(filter(is_whole, checkpoints(output_dir)), None)
+
+
 @contextmanager
-def writing(output_dir):
+def writing(output_dir, disk):
     """Where the disk is full or gone: says so, and where the run can go on."""
     try:
         yield
     except OSError as error:
+        whole = last_good(output_dir, disk)
         for part in [*output_dir.glob("checkpoint-*.part"), *output_dir.glob("adapter.part")]:
             shutil.rmtree(part, ignore_errors=True)
-        whole = next(filter(is_whole, checkpoints(output_dir)), None)
         rest = f"{whole} is whole, --resume goes on from there" if whole else "there is no checkpoint yet"
         raise OSError(f"{output_dir}: cannot write: {error.strerror or error}; {rest}") from error
 
@@ -586,7 +601,7 @@ def set_up(args):
     return peft_model, tokenizer, dataset, run, None
 
 
-def check_finite(progress, scaler, dataset, args):
+def check_finite(progress, scaler, dataset, args, disk):
     """Raises ValueError where the last updates' gradients were not finite: GradScaler gets over a few by lowering its scale,
     but without it the first one has spoilt the adapter."""
     in_a_row = int(progress["skipped_in_a_row"])
@@ -595,7 +610,7 @@ def check_finite(progress, scaler, dataset, args):
     first = progress["step"] - in_a_row
     per_epoch = len(batch_order(dataset, args, 0))
     batch = batch_order(dataset, args, first // per_epoch)[first % per_epoch]
-    whole = next(filter(is_whole, checkpoints(Path(args.output_dir))), None)
+    whole = last_good(Path(args.output_dir), disk)
     raise ValueError(
         f"the loss has not been a finite number since update {first + 1}, of the samples at "
         f"{', '.join(dataset.places[i] for i in batch)}; the last good checkpoint is {whole or 'none'}; look at these "
@@ -649,6 +664,8 @@ def train(args):
     metrics = start_writing(output_dir, checkpoint) if rank == 0 else open(os.devnull, "wb")
     quiet = dict(disable=rank > 0, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
     bar = tqdm(total=total_steps, initial=progress["step"], unit="update", **quiet)
+    disk = ThreadPoolExecutor(1)  # writes a checkpoint while training goes on
+    saving = disk.submit(int)  # nothing yet
     received, stop = catch_signals(), 0
     samples, tokens, started = 0, 0, time.perf_counter()
     window_started = started
@@ -675,7 +692,7 @@ def train(args):
         last = step == total_steps
         log, save = step % args.logging_steps == 0 or last, step % args.save_steps == 0 or last
         if log or save:
-            check_finite(progress, scaler, dataset, args)
+            check_finite(progress, scaler, dataset, args, disk)
         if log:
             mean = float(progress["loss"]) / progress["supervised"]  # over the supervised tokens since the last line
             line = {
@@ -688,7 +705,7 @@ def train(args):
                 "loss_scale": scaler.get_scale(),
                 "skipped": int(progress["skipped"]),  # updates since the start that GradScaler skipped
             }
-            with writing(output_dir):
+            with writing(output_dir, disk):
                 metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             speed = progress["tokens"] / (time.perf_counter() - window_started)
             overflows = {"skipped": line["skipped"]} if line["skipped"] else {}
@@ -698,8 +715,14 @@ def train(args):
         if log or save or size == 1:  # several processes have to stop together
             stop = agreed(received)
         if (save or stop) and rank == 0:
-            with writing(output_dir):
-                save_checkpoint(output_dir, peft_model, optimizer, scaler, progress, run, args)
+            lines = (output_dir / "metrics.jsonl").read_bytes()
+            files = checkpoint_files(peft_model, optimizer, scaler, progress, run, args, lines)
+            with writing(output_dir, disk):
+                saving.result()
+                directory = output_dir / f"checkpoint-{step}"
+                saving = disk.submit(write_checkpoint, directory, files, args.keep_checkpoints)
+                if stop or last:
+                    saving.result()
         if stop:
             bar.close()
             print(
@@ -710,8 +733,9 @@ def train(args):
     bar.close()
     metrics.close()
     if rank == 0:
-        with writing(output_dir):
-            save_result(output_dir, peft_model, args)
+        with writing(output_dir, disk):
+            write_result(output_dir, adapter_files(peft_model, args))
+    disk.shutdown()
     took = time.perf_counter() - started
     if samples:
         print(

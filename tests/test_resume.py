@@ -70,20 +70,27 @@ def outcome(directory):
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device):
     arguments = [*RUN.split(), "--device", device, "--no-cuda-graphs", "--output-dir"]
     finish(start(*arguments, tmp_path / "warm-up"))
+    directory = tmp_path / "undisturbed"
     began = time.perf_counter()
-    finish(start(*arguments, tmp_path / "undisturbed"))
-    duration = time.perf_counter() - began
-    wanted = outcome(tmp_path / "undisturbed")
+    process = start(*arguments, directory)
+    wait_for(lambda: train.checkpoints(directory), process)
+    until_first = time.perf_counter() - began
+    finish(process)
+    rest = time.perf_counter() - began - until_first
+    wanted = outcome(directory)
     moments = random.Random(0)
     resumed = in_saving = 0
-    for kill in range(20 if device == "cpu" else 6):
+    for kill in range(20 if device == "cpu" else 8):
         directory = tmp_path / str(kill)
         process = start(*arguments, directory)
-        if kill % 4:
-            time.sleep(moments.uniform(0, 0.95 * duration))
-        else:  # while a checkpoint is written
+        if kill % 4 == 0:  # at any time
+            time.sleep(moments.uniform(0, until_first + 0.9 * rest))
+        elif kill % 4 == 1:  # while a checkpoint is written
             wait_for(lambda: list(directory.glob("*.part")), process)  # noqa: B023
             time.sleep(moments.uniform(0, 0.02))
+        else:
+            wait_for(lambda: train.checkpoints(directory), process)  # noqa: B023
+            time.sleep(moments.uniform(0, 0.9 * rest))
         process.kill()
         process.join()
         in_saving += any(directory.glob("*.part"))
@@ -92,7 +99,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device)
         assert outcome(directory) == wanted
         assert not list(directory.glob("*.part"))
         shutil.rmtree(directory)
-    assert resumed > 2 and in_saving > 1
+    assert resumed >= 4 and in_saving
 
 
 def wait_for(condition, process):
