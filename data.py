@@ -40,8 +40,8 @@ class ChatGLMTokenizer:
             is_here = Path(path).is_dir()
             file = Path(path, "tokenizer.model") if is_here else cached_file(str(path), "tokenizer.model")
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = "".join(filter(str.isprintable, str(error).partition("\n")[0]))
             raise ValueError(f"{path}: cannot read the vocabulary, its tokenizer.model: {reason}") from error
         first = self.pieces.get_piece_size()
         self.special = {name: first + i for i, name in enumerate(self.SPECIAL)}
@@ -51,6 +51,8 @@ class ChatGLMTokenizer:
         self.eos_id = self.pieces.eos_id()
         self.newline_id = self.pieces.piece_to_id("<0x0A>")
         self.stop_ids = (self.eos_id, self.special["<|user|>"], self.special["<|observation|>"])
+        if self.eos_id < 0 or self.newline_id == self.pieces.unk_id():
+            raise ValueError(f"{path}: its tokenizer.model is not ChatGLM3's: it lacks </s>, or the newline's byte")
 
     def check_fits(self, rows):
         """Raises ValueError if an embedding of `rows` rows lacks some of the ids."""

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import find_adapter_config_file
 
 ADAPTER_DIR = "output/ChatGLM"  # where train.py writes and infer.py looks
 LOSS_CHUNK = 2048  # positions whose logits are held at a time
@@ -75,10 +77,14 @@ class ChatGLMConfig(PretrainedConfig):
             kinds = {bool: bool, int: int, float: (int, float)}[type(wanted)]
             if not isinstance(value, kinds) or (type(wanted) is not bool and isinstance(value, bool)):
                 raise ValueError(f"config.json: {name} is {value!r}, not a {type(wanted).__name__}")
-            if (type(wanted) is int or name in ("layernorm_epsilon", "rope_ratio")) and value <= 0:
-                raise ValueError(f"config.json: {name} is {value!r}; it must be more than 0")
+            most = 1000 if name == "num_layers" else 2**24  # nothing true is near; a network of that size is not built
+            if (type(wanted) is int or name in ("layernorm_epsilon", "rope_ratio")) and not 0 < value < most:
+                raise ValueError(f"config.json: {name} is {value!r}; it must be more than 0 and less than {most}")
             if names.index(name) >= names.index("multi_query_attention") and value != wanted:
                 raise ValueError(f"config.json: {name} is {value!r}; ChatGLM3 needs {wanted!r}")
+        for name, divisor in (("num_attention_heads", config_dict["multi_query_group_num"]), ("kv_channels", 4)):
+            if config_dict[name] % divisor:
+                raise ValueError(f"config.json: {name} is {config_dict[name]}; it must be a multiple of {divisor}")
         kept = [*names, "architectures", "torch_dtype", "dtype"]
         return super().from_dict({name: config_dict[name] for name in kept if name in config_dict}, **kwargs)
 
@@ -255,15 +261,24 @@ class ChatGLMForCausalLM(PreTrainedModel):
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         path = str(pretrained_model_name_or_path)
         try:
+            if find_adapter_config_file(path):  # transformers would load the base that this names
+                raise ValueError("it is an adapter (adapter_config.json), not a base")
+            for index in Path(path).glob("*.index.json"):
+                for name in json.loads(index.read_text("utf-8"))["weight_map"].values():
+                    if not isinstance(name, str) or Path(name).name != name:
+                        raise ValueError(f"{index.name} names a file that is not beside it: {name!r}")
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         except Exception as error:  # whatever a damaged file makes the readers raise
             raise ValueError(f"{path}: cannot load this model: {brief(error)}") from error
         faults = [f"missing {name}" for name in sorted(info["missing_keys"])]
         faults += [f"{name} has shape {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
-        faults += [f"unknown {name}" for name in sorted(info["unexpected_keys"])]
+        faults += [f"unknown {name}" for name in sorted(info["unexpected_keys"], key=str)]
         if faults:
             raise ValueError(f"{path}: not a complete ChatGLM3 checkpoint: {_first(faults)}")
         return (model, info) if want_info else model
+
+    def _initialize_missing_keys(self, *args):
+        """Transformers' random values for what a checkpoint lacks: from_pretrained refuses it, of whatever size it is."""
 
     def forward(self, input_ids, labels=None, attention_mask=None, **unused):
         """input_ids [B, T] → .logits [B, T, V]; with labels [B, T], .loss: the mean cross-entropy, in fp32, over labels
@@ -352,18 +367,28 @@ def load_model(path, device="auto", dtype="auto", load_in=None):
 
 
 def _first(faults, most=3):
-    return "; ".join(faults[:most]) + (f"; and {len(faults) - most} more" if len(faults) > most else "")
+    more = f"; and {len(faults) - most} more" if len(faults) > most else ""
+    return "; ".join(_printable(fault) for fault in faults[:most]) + more
+
+
+def _printable(text, most=300):
+    """A name out of a file may hold line breaks and terminal codes, and be of any length."""
+    return text[:most] if text.isprintable() else repr(text[:most])
 
 
 def brief(error):
     """The first line of a library's message; with its type, where the message alone could be a bare word or number."""
-    line = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    if isinstance(error, pickle.UnpicklingError):  # its message tells how to run what is in the file
+        return "it is damaged, or holds more than tensors"
+    line = _printable((str(error).strip().splitlines() or ["no message"])[0])
     return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
 
 
 def quiet_libraries():
     """For the commands: transformers, peft and the hub keep their progress bars, retries and hints to themselves."""
-    warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes")
+    warnings.filterwarnings(
+        "ignore", module="transformers|peft|bitsandbytes|torch._weights_only_unpickler|torch._utils"
+    )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("huggingface_hub", "bitsandbytes"):
@@ -456,10 +481,57 @@ def save_adapter(peft_model, directory):
         Path(directory, name).write_bytes(content)
 
 
+# What is read of adapter_config.json. The rest of what peft knows changes the network, the base's weights or the input.
+PLAIN_LORA = {
+    "r": int,
+    "lora_alpha": int | float,
+    "lora_dropout": int | float,
+    "bias": str,
+    "fan_in_fan_out": bool,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "init_lora_weights": bool | str,
+    "target_modules": list | str,
+    "exclude_modules": list,
+    "modules_to_save": list,
+    "layers_to_transform": list | int,
+    "layers_pattern": list | str,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
+
+
+def _lora_config(given, largest_rank):
+    """adapter_config.json's content → LoraConfig. Raises ValueError for what is not plain LoRA, for a rank that no tensor has
+    (it could take all memory), and for regular expressions that could take forever: peft takes most names for such."""
+    if not isinstance(given, dict) or given.get("peft_type") != "LORA":
+        raise ValueError("it is not LoRA")
+    known, general = LoraConfig().to_dict(), PeftConfig().to_dict()
+    kept = {name: given[name] for name in PLAIN_LORA if given.get(name) is not None}
+    for name in known.keys() - general.keys() - PLAIN_LORA.keys():
+        if given.get(name) and given[name] != known[name]:
+            raise ValueError(f"it is not plain LoRA: {name} is {given[name]!r}")
+    if kept.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
+        raise ValueError(f"it changes the base: init_lora_weights is {kept['init_lora_weights']!r}")
+    for name, value in kept.items():
+        if not isinstance(value, PLAIN_LORA[name]):
+            raise ValueError(f"{name} is {value!r}")
+        if name == "target_modules" and isinstance(value, str):  # a regular expression for whole paths
+            if len(re.findall(r"[*+{]", value)) > 3 or re.search(r"\)[*+{]", value):
+                raise ValueError(f"target_modules repeats too much: {value!r}")
+        elif isinstance(value, list | dict | str):
+            for part in value if isinstance(value, list | dict) else [value]:
+                if not isinstance(part, str | int) or not re.fullmatch(r"[-\w.^$\\]+", str(part)):
+                    raise ValueError(f"{name} has {part!r}, which is not a module's name")
+    if max([kept.get("r", known["r"]), *kept.get("rank_pattern", {}).values()]) > largest_rank:
+        raise ValueError(f"its rank is not that of its tensors, {largest_rank}")
+    return LoraConfig(task_type="CAUSAL_LM", **kept)
+
+
 def load_adapter(model, adapter_dir, is_trainable=False):
     """Wraps `model` with the LoRA adapter in `adapter_dir` (peft's layout, from here or elsewhere) → peft.PeftModel.
 
-    Raises ValueError for a directory without an adapter, an adapter that is not LoRA, and any tensor that is missing,
+    Raises ValueError for a directory without an adapter, an adapter that is not plain LoRA, and any tensor that is missing,
     misshapen or has no place in the model.
     """
     directory = Path(adapter_dir)
@@ -469,25 +541,26 @@ def load_adapter(model, adapter_dir, is_trainable=False):
     if not file.is_file() or not (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory}: no adapter here (adapter_config.json and adapter_model.safetensors)")
     try:
-        config = PeftConfig.from_pretrained(str(directory))
-        if not isinstance(config, LoraConfig) or config.megatron_config:  # which would import a module that it names
-            raise ValueError(f"it is not plain LoRA but {config.peft_type}")
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        state = {name: tensor.float() for name, tensor in state.items()}
+        if not isinstance(state, dict) or not all(torch.is_tensor(t) and t.is_floating_point() for t in state.values()):
+            raise ValueError(f"{file.name} holds other things than tensors of floating-point numbers")
+        given = json.loads((directory / "adapter_config.json").read_text("utf-8"))
+        config = _lora_config(given, max(min(tensor.shape, default=0) for tensor in [torch.zeros(0), *state.values()]))
         config.inference_mode = not is_trainable
         config.base_model_name_or_path = model.name_or_path
         peft_model = get_peft_model(model, config)
+        expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        faults = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
+        faults += [f"unknown {name}" for name in sorted(state.keys() - expected.keys(), key=str)]
+        faults += [
+            f"{name} has shape {list(state[name].shape)}, not {list(expected[name].shape)}"
+            for name in sorted(state.keys() & expected.keys())
+            if state[name].shape != expected[name].shape
+        ]
+        if not faults:
+            set_peft_model_state_dict(peft_model, {name: tensor.float() for name, tensor in state.items()})
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise ValueError(f"{directory}: cannot read this adapter: {brief(error)}") from error
-    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    faults = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
-    faults += [f"unknown {name}" for name in sorted(state.keys() - expected.keys())]
-    faults += [
-        f"{name} has shape {list(state[name].shape)}, not {list(expected[name].shape)}"
-        for name in sorted(state.keys() & expected.keys())
-        if state[name].shape != expected[name].shape
-    ]
     if faults:
         raise ValueError(f"{directory}: this adapter was not trained on this model: {_first(faults)}")
-    set_peft_model_state_dict(peft_model, state)
     return _trainable_in_fp32(peft_model).train(is_trainable)
