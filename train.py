@@ -390,7 +390,10 @@ def write_checkpoint(directory, files, keep=None):
         shutil.rmtree(directory)
     os.replace(part, directory)
     flush(directory.parent)
-    for old in checkpoints(directory.parent)[keep or sys.maxsize :]:
+    upto = checkpoints(directory.parent)
+    for old in upto[upto.index(directory) :][
+        keep or sys.maxsize :
+    ]:  # not those after it, should the run have gone back
         shutil.rmtree(old)
 
 
@@ -434,6 +437,10 @@ def checkpoints(output_dir):
     return sorted(found, key=lambda p: -int(p.name.partition("-")[2]))
 
 
+def unfinished(output_dir):
+    return [*output_dir.glob("checkpoint-*.part"), *output_dir.glob("adapter.part")]
+
+
 def is_whole(checkpoint):
     try:
         lines = (checkpoint / "SHA256SUMS").read_text("ascii").splitlines()
@@ -461,8 +468,8 @@ def find_checkpoint(output_dir, wanted):
 
 
 def resume(checkpoint, run, optimizer, scaler):
-    """Sets `optimizer` and `scaler` as they were → progress (see save_checkpoint). Raises ValueError if the checkpoint is of
-    another run than `run` (run_identity), or isn't what save_checkpoint writes."""
+    """Sets `optimizer` and `scaler` as they were → progress (see START). Raises ValueError if the checkpoint is of another run
+    than `run` (run_identity), or isn't what checkpoint_files gives."""
     params = optimizer.param_groups[0]["params"]
     shapes = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in params]
     try:
@@ -490,7 +497,7 @@ def start_writing(output_dir, checkpoint):
     """→ metrics.jsonl, open, with the lines up to `checkpoint`. Without one, what an earlier run left is removed."""
     output_dir.mkdir(parents=True, exist_ok=True)
     lines = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
-    for part in [*output_dir.glob("checkpoint-*.part"), *output_dir.glob("adapter.part")]:
+    for part in unfinished(output_dir):
         shutil.rmtree(part)
     if not checkpoint:
         for old in checkpoints(output_dir):
@@ -515,7 +522,7 @@ def writing(output_dir, disk):
         yield
     except OSError as error:
         whole = last_good(output_dir, disk)
-        for part in [*output_dir.glob("checkpoint-*.part"), *output_dir.glob("adapter.part")]:
+        for part in unfinished(output_dir):
             shutil.rmtree(part, ignore_errors=True)
         rest = f"{whole} is whole, --resume goes on from there" if whole else "there is no checkpoint yet"
         raise OSError(f"{output_dir}: cannot write: {error.strerror or error}; {rest}") from error
@@ -632,7 +639,10 @@ def describe(args, peft_model, tokenizer, dataset, total_steps):
     print(f"trained  {sum(p.numel() for p in params):,} parameters in {len(params)} tensors: ", end="")
     whole = f", and whole: {' '.join(args.modules_to_save)}" if args.modules_to_save else ""
     print(f"LoRA r {args.lora_r}, alpha {args.lora_alpha:g} on {' '.join(args.target_modules)}{whole}")
-    size = f"{args.batch_size} × {args.gradient_accumulation_steps} samples"
+    count = processes()[1]
+    size = f"{args.batch_size} × {args.gradient_accumulation_steps} samples" + (
+        f" × {count} processes" if count > 1 else ""
+    )
     print(f"updates  {total_steps:,}, each of {size}", flush=True)
 
 
@@ -691,7 +701,9 @@ def train(args):
 
         last = step == total_steps
         log, save = step % args.logging_steps == 0 or last, step % args.save_steps == 0 or last
-        if log or save:
+        if log or save or size == 1:  # several processes have to stop together
+            stop = agreed(received)
+        if log or save or stop:
             check_finite(progress, scaler, dataset, args, disk)
         if log:
             mean = float(progress["loss"]) / progress["supervised"]  # over the supervised tokens since the last line
@@ -712,8 +724,6 @@ def train(args):
             bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflows})
             progress |= {"loss": 0.0, "supervised": 0, "tokens": 0}
             window_started = time.perf_counter()
-        if log or save or size == 1:  # several processes have to stop together
-            stop = agreed(received)
         if (save or stop) and rank == 0:
             lines = (output_dir / "metrics.jsonl").read_bytes()
             files = checkpoint_files(peft_model, optimizer, scaler, progress, run, args, lines)
@@ -769,7 +779,7 @@ def main(argv=None):
         if rank or (size > 1 and isinstance(error, RuntimeError)):
             # Another process may have failed first, or in the same way: then torchrun ends this one, and it's told once.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+            time.sleep(10)
         if not isinstance(error, ValueError | OSError):
             raise
         name = f"train.py: process {rank}" if rank else "train.py"

@@ -191,9 +191,21 @@ def test_a_finished_run_says_so_and_stays(done, capsys):
     assert {p: p.read_bytes() for p in done.rglob("*") if p.is_file()} == before
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
     train.main([*SHORT, str(tmp_path / "out"), "--keep-checkpoints", "2"])
     assert [p.name for p in train.checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-4"]
+    (tmp_path / "out" / "checkpoint-6" / "SHA256SUMS").write_text("damaged")
+    keep_one = ["--resume", "--keep-checkpoints", "1", "--save-steps", "1"]
+    written = []  # after each checkpoint, those that are whole
+    plain = train.write_checkpoint
+
+    def write_checkpoint(*arguments):
+        plain(*arguments)
+        written.append([p.name for p in train.checkpoints(tmp_path / "out") if train.is_whole(p)])
+
+    monkeypatch.setattr(train, "write_checkpoint", write_checkpoint)
+    train.main([*SHORT, str(tmp_path / "out"), *keep_one])
+    assert written == [["checkpoint-5"], ["checkpoint-6"]]
 
 
 def test_a_named_checkpoint_and_another_split_of_the_update(cut, done, capsys):
