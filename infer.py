@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -193,10 +194,11 @@ class Decoder:
         self.positions.copy_(ends)
         last = []
         with torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext():
-            for rows in torch.arange(self.rows, device=device).split(max(1, PREFILL_TOKENS // longest)):
-                part = slice(sum(map(len, last)), sum(map(len, last)) + len(rows))
+            at_a_time = max(1, PREFILL_TOKENS // longest)
+            for start in range(0, self.rows, at_a_time):
+                part = slice(start, start + at_a_time)
                 hidden = self.model.transformer(ids[part], [[kv[part] for kv in layer] for layer in self.cache])
-                last.append(hidden[rows - part.start, ends[part]])
+                last.append(hidden[torch.arange(len(hidden), device=device), ends[part]])
         self.take(torch.cat(last))
 
     def step(self):
@@ -359,7 +361,8 @@ def merge_to(model, path, directory):
     beside `directory` and then renamed: whole, or not there."""
     target = Path(directory).absolute()
     part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    if part.exists():
+        raise ValueError(f"{part}: it is where {target.name} would be written first; remove it")
     config = read_json(base_file(path, "config.json"))
     config = {name: value for name, value in config.items() if name not in ("dtype", "quantization_config")}
     config |= {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "torch_dtype": str(model.dtype)[6:]}
@@ -389,6 +392,11 @@ def without_prediction(record):
     return {name: value for name, value in record.items() if name not in ("prediction", "prediction_metadata")}
 
 
+def as_line(record):
+    """In bytes; half a surrogate pair is written as JSON does, \\udxxx."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
 def unanswered(args):
     """→ (the records of --input that have no line in --output yet [(place, record, messages)], how many have, the length
     of its whole lines in bytes). Equal records have a line each. Raises ValueError for an --output that isn't of these."""
@@ -407,8 +415,15 @@ def unanswered(args):
         return json.dumps(without_prediction(record), sort_keys=True)
 
     open_ones = collections.Counter(key(record) for _, record, _ in records)
-    lines = Path(args.output).read_bytes().split(b"\n") if Path(args.output).exists() else [b""]
-    lines.pop()  # what follows the last newline was being written when the run ended
+    lines = [b""]
+    if Path(args.output).exists():
+        if any(Path(args.output).samefile(file) for file in args.input):
+            raise ValueError(f"{args.output}: it is an --input; choose another --output")
+        lines = Path(args.output).read_bytes().split(b"\n")
+    tail = lines.pop()  # what follows the last newline was being written when the run ended
+    starts = [as_line(without_prediction(record))[:-2] for _, record, _ in records]  # without the brace and newline
+    if tail and not any(tail.startswith(start) or start.startswith(tail) for start in starts):
+        raise ValueError(f"{args.output}: its last line is not one that infer.py wrote; choose another --output")
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -453,8 +468,7 @@ def batch(args, decoder, tokenizer, system, left, done, end):
                 metadata, prediction = data.split_answer(tokenizer, answers[row])
                 line = without_prediction(records[row]) | {"prediction": prediction}
                 line |= {"prediction_metadata": metadata} if metadata else {}
-                text = json.dumps(line, ensure_ascii=False) + "\n"
-                file.write(text.encode("utf-8", "backslashreplace"))  # which gives half a surrogate pair as JSON does
+                file.write(as_line(line))
                 file.flush()
                 bar.update()
 
@@ -582,7 +596,7 @@ def run(args):
     if args.merge_to is not None:
         merge_to(model, path, args.merge_to)
         print(f"saved    {args.merge_to}; try it:")
-        print(f"         python infer.py --no-adapter --model {args.merge_to}")
+        print(f"         python infer.py --no-adapter --model {shlex.quote(args.merge_to)}")
         return
     decoder = new_decoder(model, args)
     if args.prompt is not None:

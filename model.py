@@ -548,7 +548,7 @@ def load_adapter(model, adapter_dir, is_trainable=False):
         config = _lora_config(given, max(min(tensor.shape, default=0) for tensor in [torch.zeros(0), *state.values()]))
         config.inference_mode = not is_trainable
         config.base_model_name_or_path = model.name_or_path
-        peft_model = get_peft_model(model, config)
+        peft_model = _trainable_in_fp32(get_peft_model(model, config))  # first: what was fp32 must not be rounded
         expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         faults = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
         faults += [f"unknown {name}" for name in sorted(state.keys() - expected.keys(), key=str)]
@@ -563,4 +563,4 @@ def load_adapter(model, adapter_dir, is_trainable=False):
         raise ValueError(f"{directory}: cannot read this adapter: {brief(error)}") from error
     if faults:
         raise ValueError(f"{directory}: this adapter was not trained on this model: {_first(faults)}")
-    return _trainable_in_fp32(peft_model).train(is_trainable)
+    return peft_model.train(is_trainable)

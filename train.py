@@ -19,7 +19,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -212,7 +212,7 @@ def train_update(step, micro_batches, supervised, optimizer, scaler, max_grad_no
     norm that is not finite means that GradScaler skipped the step and lowered its scale."""
     params = optimizer.param_groups[0]["params"]
     device = params[0].device
-    supervised = torch.full((), supervised, device=device)
+    supervised = torch.full((), supervised, dtype=torch.float32, device=device)
     loss = torch.zeros((), device=device)
     for batch in micro_batches:
         tensors = (batch[name].to(device, non_blocking=True) for name in TENSORS)
@@ -245,6 +245,10 @@ def samples_per_step(args):
     return args.batch_size * args.gradient_accumulation_steps * processes()[1]
 
 
+def updates_per_epoch(dataset, args):
+    return math.ceil(len(dataset) / samples_per_step(args))
+
+
 def batch_order(dataset, args, epoch):
     return data.batch_order(dataset.lengths, samples_per_step(args), args.seed, epoch)
 
@@ -261,7 +265,7 @@ def updates(dataset, args, device, first=0):
         supervised = sum(int((labels[1:] != data.IGNORE).sum()) for _, labels in samples)
         return micro_batches, {"samples": len(samples), "tokens": tokens, "supervised": supervised}
 
-    start, skip = divmod(first, len(batch_order(dataset, args, 0)))
+    start, skip = divmod(first, updates_per_epoch(dataset, args))
     for epoch in itertools.count(start):
         order = batch_order(dataset, args, epoch)[skip:]
         for batch in DataLoader(dataset, batch_sampler=order, collate_fn=split, pin_memory=device.type == "cuda"):
@@ -327,8 +331,11 @@ def make_step(args, model, scaler, dataset):
             raise ValueError("--cuda-graphs can't replay checkpointed or quantised blocks; leave one of the two out")
         return CUDAGraphs(step, params) if capturable and args.cuda_graphs is not False else step
 
-    longest = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
-    batch = data.collate([longest] * args.batch_size)
+    # As long as the longest sample, and as many tokens to predict as in any.
+    most = max(int((labels[1:] != data.IGNORE).sum()) for _, labels in dataset)
+    input_ids, _ = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
+    labels = input_ids.where(torch.arange(len(input_ids)) >= len(input_ids) - most, data.IGNORE)
+    batch = data.collate([(input_ids, labels)] * args.batch_size)
     batch = [batch[name].to(model.device) for name in TENSORS] + [torch.ones((), device=model.device)]
     started = time.perf_counter()
     step = fit_in_memory(wrapped, encoder, batch, args.gradient_checkpointing)
@@ -387,14 +394,14 @@ def write_checkpoint(directory, files, keep=None):
     files["SHA256SUMS"] = "".join(f"{sha256(files[name])}  {name}\n" for name in WHOLE).encode()
     part = write(directory.with_suffix(".part"), files)
     if directory.exists():  # a damaged one, or the same: a run that went back passes here again
-        shutil.rmtree(directory)
+        remove(directory)
     os.replace(part, directory)
     flush(directory.parent)
     upto = checkpoints(directory.parent)
     for old in upto[upto.index(directory) :][
         keep or sys.maxsize :
     ]:  # not those after it, should the run have gone back
-        shutil.rmtree(old)
+        remove(old)
 
 
 def write_result(output_dir, files):
@@ -434,7 +441,12 @@ def sha256(content):
 def checkpoints(output_dir):
     """The newest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,9}", p.name)]
+    found = [p for p in found if (p / "training_state.json").exists() or (p / "SHA256SUMS").exists()]  # train.py's
     return sorted(found, key=lambda p: -int(p.name.partition("-")[2]))
+
+
+def remove(directory):
+    directory.unlink() if directory.is_symlink() else shutil.rmtree(directory)
 
 
 def unfinished(output_dir):
@@ -453,14 +465,15 @@ def find_checkpoint(output_dir, wanted):
     """--resume's checkpoint: the newest that is whole, or the one named; None where no run has got so far. Raises
     ValueError if there is none to continue from."""
     if wanted != "newest":
-        if not is_whole(Path(wanted)):
-            raise ValueError(f"--resume {wanted}: no whole checkpoint; --resume alone takes the newest that is")
+        if Path(wanted).resolve().parent != output_dir.resolve() or not is_whole(Path(wanted)):
+            raise ValueError(f"--resume {wanted}: no whole checkpoint in {output_dir}; --resume alone takes the newest")
         return Path(wanted)
     found = checkpoints(output_dir)
     for checkpoint in found:
         if is_whole(checkpoint):
             return checkpoint
-        print(f"{checkpoint} is damaged (see its SHA256SUMS); going back to the one before", file=sys.stderr)
+        if processes()[0] == 0:
+            print(f"{checkpoint} is damaged (see its SHA256SUMS) and passed over", file=sys.stderr)
     if found or (output_dir / "adapter_model.safetensors").exists():
         raise ValueError(f"{output_dir} has no whole checkpoint to resume from; --overwrite starts anew")
     print(f"{output_dir} has no checkpoint yet: from the start")
@@ -501,7 +514,7 @@ def start_writing(output_dir, checkpoint):
         shutil.rmtree(part)
     if not checkpoint:
         for old in checkpoints(output_dir):
-            shutil.rmtree(old)
+            remove(old)
         for name in ADAPTER:
             (output_dir / name).unlink(missing_ok=True)
     metrics = open(output_dir / "metrics.jsonl", "wb", buffering=0)
@@ -541,21 +554,22 @@ def start_processes(args):
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs there are")
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if dist.get_rank():  # only the first process prints
         sys.stdout = open(os.devnull, "w")
 
 
 def catch_signals():
-    """→ a list: the first SIGINT or SIGTERM is put there, for the loop to end after its update. A second one ends the
-    program at once."""
+    """→ a list: the first SIGINT or SIGTERM is put there, for the loop to end after its update. A second Ctrl-C ends the
+    program at once, except of several processes: torchrun repeats what they already got."""
     received = []
 
     def receive(number, frame):
         received.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this update; once more to stop at once\n")
+        signal.signal(signal.SIGINT, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with suppress(OSError):  # whoever reads it may have got the signal too
+            os.write(2, b"\nstopping after this update; Ctrl-C again to stop at once\n")
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, receive)
@@ -563,10 +577,9 @@ def catch_signals():
 
 
 def agreed(received):
-    """The signal that any process received, 0 for none."""
-    number = received[0] if received else 0
+    """The signal that any process received, 0 for none. It goes between the hosts: no device is waited for."""
+    number = torch.tensor(received[0] if received else 0)
     if dist.is_initialized():
-        number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
@@ -575,7 +588,7 @@ def set_up(args):
     """→ (peft model, tokenizer, dataset, what makes this run itself, the checkpoint to go on from or None). Every mistake of
     the user's is found here, before anything is written: raises ValueError or OSError with a message for them."""
     for text in (args.output_dir, args.system or "", *args.data):
-        text.encode()  # training_args.json keeps them: UnicodeEncodeError, a ValueError, for bytes that are not UTF-8
+        text.encode()  # they are kept or printed: UnicodeEncodeError, a ValueError, for bytes that are not UTF-8
     output_dir = Path(args.output_dir)
     there = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
     if not args.output_dir or not there.is_dir() or not os.access(there, os.W_OK):
@@ -615,8 +628,8 @@ def check_finite(progress, scaler, dataset, args, disk):
     if in_a_row < (20 if scaler.is_enabled() else 1):
         return
     first = progress["step"] - in_a_row
-    per_epoch = len(batch_order(dataset, args, 0))
-    batch = batch_order(dataset, args, first // per_epoch)[first % per_epoch]
+    epoch, number = divmod(first, updates_per_epoch(dataset, args))
+    batch = batch_order(dataset, args, epoch)[number]
     whole = last_good(Path(args.output_dir), disk)
     raise ValueError(
         f"the loss has not been a finite number since update {first + 1}, of the samples at "
@@ -653,7 +666,7 @@ def train(args):
     if args.model is None:
         print("The built-in tiny model, random weights. For the real job: --model DIR_OR_HUB_ID --data FILE")
     peft_model, tokenizer, dataset, run, checkpoint = set_up(args)
-    total_steps = args.max_steps or args.epochs * math.ceil(len(dataset) / samples_per_step(args))
+    total_steps = args.max_steps or args.epochs * updates_per_epoch(dataset, args)
     describe(args, peft_model, tokenizer, dataset, total_steps)
     model = peft_model.get_base_model().train()  # the network itself, LoRA layers inside: no wrapper around it
     if args.model is None and model.device.type == "cpu":
@@ -667,8 +680,11 @@ def train(args):
         print(f"resumed  {checkpoint}, {progress['step']:,} of {total_steps:,} updates done")
     step_fn = make_step(args, model, scaler, dataset)
     scaler.scale(torch.zeros((), device=device))  # puts the scale there, should this process have no share of an update
-    if dist.is_initialized():
-        dist.barrier()  # nothing is written before every process got here
+    if dist.is_initialized():  # nothing is written before every process got here
+        everyone = [None] * size
+        dist.all_gather_object(everyone, (run, progress["step"]))
+        if any(other != everyone[0] for other in everyone):
+            raise ValueError("the processes differ in arguments, data, weights or the checkpoint they found")
 
     output_dir = Path(args.output_dir)
     metrics = start_writing(output_dir, checkpoint) if rank == 0 else open(os.devnull, "wb")
@@ -676,7 +692,7 @@ def train(args):
     bar = tqdm(total=total_steps, initial=progress["step"], unit="update", **quiet)
     disk = ThreadPoolExecutor(1)  # writes a checkpoint while training goes on
     saving = disk.submit(int)  # nothing yet
-    received, stop = catch_signals(), 0
+    received = catch_signals()
     samples, tokens, started = 0, 0, time.perf_counter()
     window_started = started
 
@@ -697,12 +713,12 @@ def train(args):
         progress["skipped"] += overflow
         progress["skipped_in_a_row"] = (progress["skipped_in_a_row"] + 1) * overflow
         samples, tokens = samples + counts["samples"], tokens + counts["tokens"]
-        bar.update()
+        stop = agreed(received)
+        if not stop:
+            bar.update()
 
         last = step == total_steps
         log, save = step % args.logging_steps == 0 or last, step % args.save_steps == 0 or last
-        if log or save or size == 1:  # several processes have to stop together
-            stop = agreed(received)
         if log or save or stop:
             check_finite(progress, scaler, dataset, args, disk)
         if log:
@@ -721,23 +737,25 @@ def train(args):
                 metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             speed = progress["tokens"] / (time.perf_counter() - window_started)
             overflows = {"skipped": line["skipped"]} if line["skipped"] else {}
-            bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflows})
+            if not stop:
+                bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflows})
             progress |= {"loss": 0.0, "supervised": 0, "tokens": 0}
             window_started = time.perf_counter()
         if (save or stop) and rank == 0:
-            lines = (output_dir / "metrics.jsonl").read_bytes()
-            files = checkpoint_files(peft_model, optimizer, scaler, progress, run, args, lines)
             with writing(output_dir, disk):
+                lines = (output_dir / "metrics.jsonl").read_bytes()
+                files = checkpoint_files(peft_model, optimizer, scaler, progress, run, args, lines)
                 saving.result()
                 directory = output_dir / f"checkpoint-{step}"
                 saving = disk.submit(write_checkpoint, directory, files, args.keep_checkpoints)
                 if stop or last:
                     saving.result()
         if stop:
-            bar.close()
-            print(
-                f"stopped  after update {step}, which {output_dir}/checkpoint-{step} holds; --resume goes on from there"
-            )
+            if dist.is_initialized():
+                dist.barrier()  # the first that is gone makes torchrun end the others
+            with suppress(OSError):
+                bar.close()
+            print(f"stopped  after update {step}; --resume goes on from {output_dir}/checkpoint-{step}")
             sys.exit(128 + stop)
 
     bar.close()
@@ -780,6 +798,8 @@ def main(argv=None):
             # Another process may have failed first, or in the same way: then torchrun ends this one, and it's told once.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
+        if isinstance(error, torch.OutOfMemoryError):
+            error = ValueError("the GPU's memory ran out; try --gradient-checkpointing all, or a smaller --batch-size")
         if not isinstance(error, ValueError | OSError):
             raise
         name = f"train.py: process {rank}" if rank else "train.py"
