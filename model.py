@@ -517,7 +517,7 @@ def _lora_config(given, largest_rank):
         if not isinstance(value, PLAIN_LORA[name]):
             raise ValueError(f"{name} is {value!r}")
         if name == "target_modules" and isinstance(value, str):  # a regular expression for whole paths
-            if len(re.findall(r"[*+{]", value)) > 3 or re.search(r"\)[*+{]", value):
+            if len(re.findall(r"[*+?{]", value)) > 3 or re.search(r"\)[*+?{]", value):
                 raise ValueError(f"target_modules repeats too much: {value!r}")
         elif isinstance(value, list | dict | str):
             for part in value if isinstance(value, list | dict) else [value]:

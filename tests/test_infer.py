@@ -618,6 +618,7 @@ def test_metadata_of_a_prediction_is_kept(answer_files, monkeypatch, tokenizer):
         ([Q], '{"instruction": "q", "pred\n{"instruction": "q"', "out.jsonl:1: not a line that infer.py wrote"),
         ([Q], '{"instruction": "q"}\n', "out.jsonl:1: not a line that infer.py wrote"),
         ([Q], "[]\n", "out.jsonl:1: not a line that infer.py wrote"),
+        ([Q], '{"important": "notes"}', "out.jsonl: its last line is not one that infer.py wrote"),
         ([Q], None, "nowhere/out.jsonl: there is no such directory"),
     ],
 )
@@ -628,6 +629,12 @@ def test_a_mistake_in_batch_files_changes_nothing(answer_files, tmp_path, record
     _, err, code = answer_files(*records, out=out)
     assert code == 2 and message in err and err.count("error: ") == 1
     assert (tmp_path / out).exists() == bool(there) and (not there or (tmp_path / out).read_text() == there)
+
+
+def test_the_answers_do_not_replace_the_questions(answer_files, tmp_path):
+    _, err, code = answer_files(Q, out="in0.jsonl")
+    assert code == 2 and "in0.jsonl: it is an --input; choose another --output" in err
+    assert read_jsonl(tmp_path / "in0.jsonl") == [Q]
 
 
 @pytest.mark.parametrize(

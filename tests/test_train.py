@@ -259,7 +259,7 @@ def test_a_user_s_mistake_is_one_clear_line(tmp_path, arguments, message):
     for name in ("config.json", "tokenizer.model"):
         (tmp_path / "no_weights" / name).write_bytes((chatglm.TINY / name).read_bytes())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    done = run("train.py", "--output-dir", "out", *arguments, cwd=tmp_path)
+    done = run("train.py", "--output-dir", "out", "--overwrite", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1 and message in errors[0], done.stderr
