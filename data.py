@@ -5,7 +5,9 @@ dataset = ConversationDataset(["dataset/sample.jsonl"], ChatGLMTokenizer("THUDM/
 
 import difflib
 import hashlib
+import itertools
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -311,7 +313,8 @@ class ConversationDataset(Dataset):
 
     At most `max_length` tokens of a sample are kept, prompt and answer together: `cut` counts the samples that lost
     their end (a cut answer has no end token, so the model doesn't learn to stop there), `dropped` those with nothing
-    left to learn. Raises DataError (see read_conversations), also if no sample remains.
+    left to learn. `shared` is how many tokens all samples begin with, those of a system message mostly, in eights.
+    Raises DataError (see read_conversations), also if no sample remains.
     """
 
     def __init__(self, files, tokenizer, max_length, system=None):
@@ -337,6 +340,9 @@ class ConversationDataset(Dataset):
             raise DataError(f"no sample has a token to learn within {max_length} tokens; raise --max-length")
         self.lengths = [sample.shape[1] for sample in self.samples]
         self.supervised = sum(int((sample[1] != IGNORE).sum()) for sample in self.samples)
+        starts = torch.stack([sample[0, : min(self.lengths) - 1] for sample in self.samples])
+        same = int((starts == starts[0]).all(0).cumprod(0).sum())  # tokens that all begin with
+        self.shared = same - same % 8  # tensor cores want multiples of 8
         self.digest = hashlib.sha256(b"".join(sample.numpy().tobytes() for sample in self.samples)).hexdigest()
 
     def __len__(self):
@@ -347,36 +353,47 @@ class ConversationDataset(Dataset):
         return input_ids, labels
 
 
-def collate(samples):
+def collate(samples, shared=0):
     """[(input_ids, labels)] → a micro-batch, padded on the right to the longest of them, to a multiple of 8:
 
-    input_ids [B, T]; positions [N], where in the flattened [B × T] a supervised token is predicted; targets [N], those
-    tokens. N is padded too, to a multiple of 128 (position 0, target -100), so that few shapes occur.
+    prefix [P], the `shared` tokens that all samples begin with, so that the network computes them once (none for a single
+    sample); input_ids [B, T - P], what follows; positions [N], where among these P + B × (T - P) tokens a supervised one
+    is predicted; targets [N], those tokens. N is padded too, to a multiple of 128 (position 0, target -100), so that few
+    shapes occur.
     """
+    shared = shared if len(samples) > 1 else 0
     length = max(len(input_ids) for input_ids, _ in samples)
     length += -length % 8  # tensor cores want multiples of 8
     input_ids = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _ in samples])
     # The shift: position t predicts token t + 1.
     labels = torch.stack([F.pad(labels[1:], (0, length - len(labels) + 1), value=IGNORE) for _, labels in samples])
-    positions = (labels.flatten() != IGNORE).nonzero().squeeze(1)
-    fill = (0, -len(positions) % 128)
+    place = torch.arange(shared + len(samples) * (length - shared))
+    rows = place[shared:].view(len(samples), -1)
+    place = torch.cat(
+        (place[:shared].expand(len(samples), -1), rows), dim=1
+    )  # [B, T]: of each token among those computed
+    learnt = labels != IGNORE
+    fill = (0, -int(learnt.sum()) % 128)
     return {
-        "input_ids": input_ids,
-        "positions": F.pad(positions, fill),
-        "targets": F.pad(labels.flatten()[positions], fill, value=IGNORE),
+        "prefix": input_ids[0, :shared],
+        "input_ids": input_ids[:, shared:].contiguous(),
+        "positions": F.pad(place[learnt], fill),
+        "targets": F.pad(labels[learnt], fill, value=IGNORE),
     }
 
 
 def batch_order(lengths, batch_size, seed, epoch, window=50):
     """The epoch's batches, as lists of sample indices. Samples are shuffled, sorted by length inside windows of `window`
-    batches so that a batch needs little padding, and the batches shuffled again. Every sample comes once; the last batch
-    of the last window may be smaller. The same for a seed and epoch on every machine."""
+    batches so that a batch needs little padding, and the batches shuffled again. Every sample comes once; where batches of
+    `batch_size` don't come out even, some have one sample less. The same for a seed and epoch on every machine."""
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    batches = []
-    for start in range(0, len(order), window * batch_size):
-        chunk = sorted(order[start : start + window * batch_size], key=lengths.__getitem__)
-        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    count = math.ceil(len(order) / batch_size)
+    ends = [len(order) * i // count for i in range(count + 1)] if count else []
+    for first in range(0, count, window):
+        part = slice(ends[first], ends[min(first + window, count)])
+        order[part] = sorted(order[part], key=lengths.__getitem__)
+    batches = [order[start:end] for start, end in itertools.pairwise(ends)]
     rng.shuffle(batches)
     return batches

@@ -197,12 +197,13 @@ class Decoder:
             at_a_time = max(1, PREFILL_TOKENS // longest)
             for start in range(0, self.rows, at_a_time):
                 part = slice(start, start + at_a_time)
-                hidden = self.model.transformer(ids[part], [[kv[part] for kv in layer] for layer in self.cache])
+                cache = [[kv[part] for kv in layer] for layer in self.cache]
+                hidden = self.model.transformer(ids[part], cache=cache)
                 last.append(hidden[torch.arange(len(hidden), device=device), ends[part]])
         self.take(torch.cat(last))
 
     def step(self):
-        self.take(self.model.transformer(self.ids[:, None], self.cache, self.positions)[:, 0])
+        self.take(self.model.transformer(self.ids[:, None], cache=self.cache, positions=self.positions)[:, 0])
 
     def take(self, hidden):
         """hidden [B, C] of each row's last token → its next token, in self.ids, and that token's position"""

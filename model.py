@@ -119,6 +119,11 @@ def apply_rope(x, rope):
     return x * cos + swapped * sin
 
 
+def whole_rows(x, P, B):
+    """[1, P + B × (T - P), heads, D], P tokens that all rows begin with and then the rest of each → [B, T, heads, D]."""
+    return torch.cat((x[:, :P].expand(B, -1, -1, -1), x[0, P:].unflatten(0, (B, -1))), dim=1)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -128,8 +133,9 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, out, bias=config.add_qkv_bias)
         self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x, rope, cache=None, at=None):
-        """x [B, T, C]. cache: this layer's keys and values, each [B, G, L, D], which what is computed here is written to.
+    def forward(self, x, rope, shared=None, cache=None, at=None):
+        """x [B, T, C]; with shared = (P, B), [1, P + B × (T - P), C]: P tokens that all rows begin with, then what follows them
+        in each row. cache: this layer's keys and values, each [B, G, L, D], which what is computed here is written to.
         at: None where x starts the sequences; where it is one more token of each, T = 1, see Transformer.forward."""
         B, T, _ = x.shape
         qkv = self.query_key_value(x).view(B, T, self.heads + 2 * self.groups, self.head_dim)
@@ -145,13 +151,17 @@ class SelfAttention(nn.Module):
             q = q.reshape(B, self.groups, -1, self.head_dim) * self.head_dim**-0.5  # [B, G, H/G, D]
             y = (q @ keys.mT + mask).softmax(-1) @ values
             return self.dense(y.view(B, 1, -1))
+        if shared:  # attention alone sees whole rows
+            q, k, v = whole_rows(q, *shared), whole_rows(k, *shared), whole_rows(v, *shared)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or G, T, D]
         if cache is not None:
             for kept, new in zip(cache, (k, v), strict=True):
                 kept[:, :, :T] = new
         # Without a mask argument, causal attention alone is right for right-padded batches: no real token sees padding.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
-        return self.dense(y.transpose(1, 2).reshape(B, T, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)  # [B, T, H, D]
+        if shared:
+            y = torch.cat((y[:1, : shared[0]], y[:, shared[0] :].flatten(0, 1)[None]), dim=1)
+        return self.dense(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -173,8 +183,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, cache=None, at=None):
-        x = x + self.self_attention(self.input_layernorm(x), rope, cache, at)
+    def forward(self, x, rope, shared=None, cache=None, at=None):
+        x = x + self.self_attention(self.input_layernorm(x), rope, shared, cache, at)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -191,12 +201,12 @@ class Encoder(nn.Module):
         self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
         self.checkpointed_layers = 0  # how many of the layers recompute their activations in backward
 
-    def forward(self, x, rope, cache=None, at=None):
+    def forward(self, x, rope, shared=None, cache=None, at=None):
         for i, layer in enumerate(self.layers):
             if self.training and torch.is_grad_enabled() and i < self.checkpointed_layers:
-                x = checkpoint(layer, x, rope, use_reentrant=False)
+                x = checkpoint(layer, x, rope, shared, use_reentrant=False)
             else:
-                x = layer(x, rope, None if cache is None else cache[i], at)
+                x = layer(x, rope, shared, None if cache is None else cache[i], at)
         return self.final_layernorm(x)
 
 
@@ -210,24 +220,37 @@ class Transformer(nn.Module):
         self.rope_base = 10000.0 * config.rope_ratio
         self.rope = torch.empty(0)
 
-    def forward(self, input_ids, cache=None, positions=None):
-        """input_ids [B, T] → hidden states [B, T, C], after the final norm. With a cache (new_cache), keys and values are
-        kept there: first those of prompts, padded on the right; then, with T = 1 and `positions` [B], those of one more
-        token of each row, at that row's own position. Nothing there depends on the positions but through the device, so
-        a CUDA graph can hold it; keys past a row's position, of padding or of an earlier use, are not seen."""
+    def forward(self, input_ids, prefix=None, cache=None, positions=None):
+        """input_ids [B, T] → hidden states [B, T, C], after the final norm.
+
+        With prefix [P], tokens that stand before each row, they are computed once: → [1, P + B × T, C].
+
+        With a cache (new_cache), keys and values are kept there: first those of prompts, padded on the right; then, with
+        T = 1 and `positions` [B], those of one more token of each row, at that row's own position. Nothing there depends on
+        the positions but through the device, so a CUDA graph can hold it; keys past a row's position, of padding or of an
+        earlier use, are not seen."""
+        rows, end = input_ids.shape
+        shared = None
+        if prefix is not None and len(prefix):
+            shared, end = (len(prefix), rows), len(prefix) + end
+            input_ids = torch.cat((prefix, input_ids.flatten()))[None]
+        if positions is not None:
+            end = cache[0][0].shape[2]
         x = self.embedding.word_embeddings(input_ids)
         if self.training and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # it needs no gradient, but so all blocks are alike, and compiled once
-        end = input_ids.shape[1] if positions is None else cache[0][0].shape[2]
         if len(self.rope) < end or self.rope.device != x.device:
             with torch.inference_mode(False):  # made while decoding, it must still serve a training step
                 self.rope = rope_table(max(2 * end, 2048), self.head_dim // 2, self.head_dim, self.rope_base, x.device)
         if positions is None:
-            return self.encoder(x, self.rope[:end].to(x.dtype), cache)
+            rope = self.rope[:end].to(x.dtype)
+            if shared:
+                rope = torch.cat((rope[: len(prefix)], rope[len(prefix) :].repeat(rows, 1, 1)))
+            return self.encoder(x, rope, shared, cache)
         unseen = torch.arange(end, device=x.device) > positions[:, None]  # [B, L]
         mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, -torch.inf)[:, None, None]
-        rows = torch.arange(len(positions), device=x.device)
-        return self.encoder(x, self.rope[positions, None].to(x.dtype), cache, (rows, positions, mask))
+        at = (torch.arange(rows, device=x.device), positions, mask)
+        return self.encoder(x, self.rope[positions, None].to(x.dtype), None, cache, at)
 
 
 class ChatGLMForCausalLM(PreTrainedModel):
@@ -294,14 +317,14 @@ class ChatGLMForCausalLM(PreTrainedModel):
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def summed_loss(self, input_ids, positions, targets):
+    def summed_loss(self, prefix, input_ids, positions, targets):
         """The training loss: cross-entropy, in fp32, summed over the supervised tokens.
 
-        input_ids [B, T]; positions [N]: where in the flattened batch a supervised token is predicted; targets [N]: that
-        token, or -100 for none. The output layer runs at those positions only, and at no more than LOSS_CHUNK of them at
+        prefix [P], tokens that stand before each row of input_ids [B, T]; positions [N]: where among these P + B × T tokens a
+        supervised one is predicted; targets [N]: that token, or -100 for none. The output layer runs at those positions only, and at no more than LOSS_CHUNK of them at
         a time: the logits of a long text (65,024 numbers a token, several times over) would take more than the network.
         """
-        hidden = self.transformer(input_ids).flatten(0, 1).index_select(0, positions)  # [N, C]
+        hidden = self.transformer(input_ids, prefix).flatten(0, 1).index_select(0, positions)  # [N, C]
         if len(hidden) <= LOSS_CHUNK:
             return self._loss(hidden, targets)
         chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)

@@ -144,7 +144,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-TENSORS = ("input_ids", "positions", "targets")  # of a micro-batch, what goes to the device
+TENSORS = ("prefix", "input_ids", "positions", "targets")  # of a micro-batch, what goes to the device
 
 
 # --- one update -------------------------------------------------------------------------------------------------------
@@ -158,12 +158,12 @@ def learning_rate(step, total_steps, peak, warmup_steps, schedule):
     return peak * {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1}[schedule]
 
 
-def micro_step(model, scaler, input_ids, positions, targets, supervised):
+def micro_step(model, scaler, prefix, input_ids, positions, targets, supervised):
     """Forward and backward of one micro-batch (data.collate) → its part of the update's loss. All are on the device, the
     number of the update's supervised tokens too, so that nothing here waits for the device."""
     with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
         # Divided before backward: fp16 gradients of a sum over a thousand tokens would overflow.
-        loss = model.summed_loss(input_ids, positions, targets) / supervised
+        loss = model.summed_loss(prefix, input_ids, positions, targets) / supervised
     scaler.scale(loss).backward()
     return loss.detach()
 
@@ -260,7 +260,7 @@ def updates(dataset, args, device, first=0):
 
     def split(samples):
         parts = [samples[i : i + args.batch_size] for i in range(0, len(samples), args.batch_size)]
-        micro_batches = [data.collate(part) for part in parts[rank::size]]
+        micro_batches = [data.collate(part, dataset.shared) for part in parts[rank::size]]
         tokens = sum(len(input_ids) for input_ids, _ in samples)
         supervised = sum(int((labels[1:] != data.IGNORE).sum()) for _, labels in samples)
         return micro_batches, {"samples": len(samples), "tokens": tokens, "supervised": supervised}
@@ -273,10 +273,15 @@ def updates(dataset, args, device, first=0):
         skip = 0
 
 
+def size_of(batch):
+    """Of a micro-batch: (samples, tokens of the longest, padded)"""
+    rows, rest = batch["input_ids"].shape
+    return rows, len(batch["prefix"]) + rest
+
+
 def fit_in_memory(make_step, encoder, batch, wanted):
     """→ make_step(N), with N blocks that recompute their activations (`wanted`: all, off, a number, or auto for the fewest
-    that fit), after it has run on `batch`, the longest there is: so memory doesn't run out later. Raises ValueError with
-    what would fit."""
+    that fit), after it has run on `batch`, the longest there is: so memory doesn't run out later. None if it doesn't fit."""
     layers = len(encoder.layers)
 
     def try_out(checkpointed_layers):
@@ -300,14 +305,7 @@ def fit_in_memory(make_step, encoder, batch, wanted):
             room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - least[1]
             fewest -= int(room / (one_less[1] - least[1]))  # what storing one more block's activations costs
         found = next(filter(None, map(try_out, range(max(1, fewest), layers + 1))), None)
-    if found:
-        return found[0]
-    rows, length = batch[0].shape
-    raise ValueError(
-        f"out of memory on the longest micro-batch, {rows} × {length} tokens; try a smaller --batch-size (with more "
-        "--gradient-accumulation-steps the result is the same), --gradient-checkpointing all, --load-in 4bit, or a "
-        "smaller --max-length"
-    )
+    return found[0] if found else None
 
 
 def make_step(args, model, scaler, dataset):
@@ -335,14 +333,19 @@ def make_step(args, model, scaler, dataset):
     most = max(int((labels[1:] != data.IGNORE).sum()) for _, labels in dataset)
     input_ids, _ = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
     labels = input_ids.where(torch.arange(len(input_ids)) >= len(input_ids) - most, data.IGNORE)
-    batch = data.collate([(input_ids, labels)] * args.batch_size)
-    batch = [batch[name].to(model.device) for name in TENSORS] + [torch.ones((), device=model.device)]
-    started = time.perf_counter()
-    step = fit_in_memory(wrapped, encoder, batch, args.gradient_checkpointing)
+    batch = data.collate([(input_ids, labels)] * args.batch_size, dataset.shared)
+    tensors = [batch[name].to(model.device) for name in TENSORS] + [torch.ones((), device=model.device)]
+    size, started = "{} × {} tokens".format(*size_of(batch)), time.perf_counter()
+    step = fit_in_memory(wrapped, encoder, tensors, args.gradient_checkpointing)
+    if not step:
+        raise ValueError(
+            f"out of memory on the longest micro-batch, {size}; try a smaller --batch-size (with more "
+            "--gradient-accumulation-steps the result is the same), --gradient-checkpointing all, --load-in 4bit, or a "
+            "smaller --max-length"
+        )
     if cuda:
-        shape, took = " × ".join(map(str, batch[0].shape)), time.perf_counter() - started
-        print(f"memory   {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB ", end="")
-        print(f"for the longest micro-batch, {shape} tokens, ", end="")
+        peak, took = torch.cuda.max_memory_allocated() / 2**30, time.perf_counter() - started
+        print(f"memory   {peak:.1f} GiB for the longest micro-batch, {size}, ", end="")
         print(f"{encoder.checkpointed_layers} of {len(encoder.layers)} blocks checkpointed (tried in {took:.1f} s)")
     for param in params:  # a trial left gradients, in the tensors that a graph adds to
         param.grad = torch.zeros_like(param) if param.grad is None else param.grad.zero_()

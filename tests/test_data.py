@@ -39,7 +39,7 @@ def test_official_special_ids(official_tokenizer):
 
 def test_huanhuan(official_tokenizer):
     dataset = data.ConversationDataset([reference("data/huanhuan.json")], official_tokenizer, 512, PERSONA)
-    assert (len(dataset), dataset.cut, dataset.dropped) == (3729, 0, 0)
+    assert (len(dataset), dataset.cut, dataset.dropped, dataset.shared) == (3729, 0, 0, 16)
     assert round(sum(dataset.lengths) / len(dataset), 1) == 63.7
 
 
@@ -245,12 +245,33 @@ def test_collate_pads_right_and_finds_what_is_learnt():
     assert batch["targets"].tolist() == [6, 7, 16, 18] + [ignored] * 124
 
 
+def test_what_all_samples_begin_with_is_computed_once(tokenizer, tmp_path):
+    records = [{"instruction": f"{i} {'more ' * i}", "output": "a"} for i in range(9)]
+    file = write_jsonl(tmp_path / "d.jsonl", records)
+    dataset = data.ConversationDataset([file], tokenizer, 512, "be brief, and kind to all who ask")
+    heads = {tuple(ids[: dataset.shared].tolist()) for ids, _ in dataset}
+    longer = {tuple(ids[: dataset.shared + 8].tolist()) for ids, _ in dataset}
+    assert dataset.shared >= 8 and dataset.shared % 8 == 0 and len(heads) == 1 and len(longer) > 1
+    assert data.ConversationDataset([file], tokenizer, 512).shared == 0  # too few to matter
+    batch = data.collate([dataset[0], dataset[8]], dataset.shared)
+    assert batch["prefix"].tolist() == list(*heads)
+    for row, i in zip(batch["input_ids"].tolist(), (0, 8), strict=True):
+        assert (list(*heads) + row)[: dataset.lengths[i]] == dataset[i][0].tolist()
+    computed = torch.cat((batch["prefix"], batch["input_ids"].flatten()))
+    learnt = [(ids[:-1][labels[1:] >= 0], labels[labels >= 0]) for ids, labels in (dataset[0], dataset[8])]
+    before, targets = (torch.cat(parts) for parts in zip(*learnt, strict=True))
+    count = len(targets)
+    assert torch.equal(computed[batch["positions"][:count]], before)
+    assert torch.equal(batch["targets"][:count], targets) and set(batch["targets"][count:].tolist()) == {data.IGNORE}
+    assert len(data.collate([dataset[0]], dataset.shared)["prefix"]) == 0
+
+
 def test_order():
     lengths = [i % 40 + 1 for i in range(1003)]
     batches = data.batch_order(lengths, 8, seed=42, epoch=0)
     assert sorted(i for batch in batches for i in batch) == list(range(1003))
-    assert sorted(map(len, batches)) == [3] + [8] * 125
-    assert batches[0] == [964, 844, 364, 324, 604, 444, 924, 204]  # so on every machine
+    assert sorted(map(len, batches)) == [7] * 5 + [8] * 121
+    assert batches[0] == [443, 964, 844, 364, 324, 604, 444, 924]  # so on every machine
     assert batches != data.batch_order(lengths, 8, 42, 1) and batches != data.batch_order(lengths, 8, 43, 0)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     assert sum(lengths) / padded > 0.95

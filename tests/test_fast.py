@@ -39,6 +39,29 @@ def test_compiled_blocks_on_a_cpu(tmp_path):
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--gradient-checkpointing", "2"]])
+def test_a_system_message_computed_once_follows_one_computed_in_each_sample(tmp_path, monkeypatch, device, flags):
+    records = [
+        {"instruction": f"{i} times {i}" + "?" * (i % 9), "output": f"{i * i}, I think" * (1 + i % 3)}
+        for i in range(61)
+    ]
+    file = write_jsonl(tmp_path / "d.jsonl", records)
+    flags = ["--data", file, "--system", "Be brief, and kind to all who ask.", *flags]
+    once, _ = run_training(tmp_path / "once", *flags, device=device)
+    shared, collate = [], data.collate
+
+    def collate_each(samples, tokens):
+        shared.append(tokens)
+        return collate(samples)
+
+    monkeypatch.setattr(data, "collate", collate_each)
+    in_each, _ = run_training(tmp_path / "each", *flags, device=device)
+    assert min(shared) >= 16
+    tolerance = dict(rtol=0, atol=1e-5) if device == "cpu" else dict(rtol=1e-2, atol=0)
+    torch.testing.assert_close(once, in_each, **tolerance)
+
+
 def test_the_loss_in_chunks_is_the_loss(base, monkeypatch):
     peft_model = chatglm.add_lora(base, 4, 8, 0.0, ["query_key_value"], ["output_layer"])
     batch = data.collate(random_samples([200, 260, 300], 512))

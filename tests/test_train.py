@@ -57,14 +57,18 @@ def trainable_base(base):
     return chatglm.load_adapter(base, FIXTURES / "tiny" / "adapter", is_trainable=True)
 
 
-def test_the_split_into_micro_batches_does_not_matter_nor_does_padding(base):
+def test_the_split_into_micro_batches_does_not_matter_nor_does_padding_or_a_shared_prefix(base):
     start = trainable_base(base)
     samples = random_samples([9, 12, 17, 23, 24, 31, 33, 40], 512)
+    for ids, labels in samples:
+        ids[:9] = torch.arange(100, 109)
+        labels[2:9] = torch.arange(102, 109)  # a part of what they share is learnt
+        labels[9:14] = data.IGNORE
 
-    def split_update(split, padding=0):
+    def split_update(split, padding=0, shared=0):
         peft_model = copy.deepcopy(start)
-        micro_batches = [data.collate(samples[i : i + split]) for i in range(0, 8, split)]
-        for batch in micro_batches:
+        micro_batches = [data.collate(samples[i : i + split], shared) for i in range(0, 8, split)]
+        for batch in micro_batches if padding else []:
             rows, length = batch["input_ids"].shape
             row, column = batch["positions"] // length, batch["positions"] % length
             batch["positions"] = row * (length + padding) + column
@@ -76,8 +80,8 @@ def test_the_split_into_micro_batches_does_not_matter_nor_does_padding(base):
 
     wanted = split_update(8)
     assert wanted["norm"] > 1  # so the update was clipped
-    for split, padding in ((4, 0), (2, 0), (1, 0), (8, 16), (1, 8)):
-        for name, tensor in split_update(split, padding).items():
+    for how in ((4,), (2,), (1,), (8, 16), (1, 8), (8, 0, 8), (2, 0, 8), (4, 0, 5), (1, 0, 8)):
+        for name, tensor in split_update(*how).items():
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-6)
 
 

@@ -10,6 +10,7 @@ then timed.
 import argparse
 import datetime
 import gc
+import math
 import platform
 import sys
 import time
@@ -42,12 +43,15 @@ FULL = {
     "8,192 tokens, checkpointing, compiled, 1 × 1": (8192, 6, "--gradient-checkpointing all --compile"),
     "8,192 tokens, 27 blocks checkpointed, compiled, 1 × 1": (8192, 6, "--gradient-checkpointing 27 --compile"),
 }
+INPUTS = ("prefix", "input_ids")
 CPU_LOOPS = ("loop, defaults, 4 × 2", "loop, defaults, 8 × 1")
 TRAINERS = {"Trainer, padded to 512, checkpointing": (512, True), "Trainer, dynamic padding": (None, False)}
 
 
 class RandomTokens(torch.utils.data.Dataset):
     """Samples of `length` random tokens, all supervised but the first."""
+
+    shared = 0
 
     def __init__(self, length, size):
         self.lengths = [length] * size
@@ -83,7 +87,7 @@ def synchronize(device):
 
 
 def measure_loop(base, dataset, arguments, updates):
-    """→ (seconds, samples, real tokens, padded tokens, checkpointed?, last loss) of `updates` updates after warm-up"""
+    """→ what main prints, of `updates` updates after warm-up"""
     args = train.parse_args(arguments)
     torch.manual_seed(args.seed)
     peft_model = chatglm.add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
@@ -111,7 +115,8 @@ def measure_loop(base, dataset, arguments, updates):
         seconds=seconds,
         samples=sum(counts["samples"] for _, _, counts in batches),
         tokens=sum(counts["tokens"] for _, _, counts in batches),
-        padded=sum(batch["input_ids"].numel() for _, micro_batches, _ in batches for batch in micro_batches),
+        padded=sum(math.prod(train.size_of(batch)) for _, micro_batches, _ in batches for batch in micro_batches),
+        computed=sum(batch[n].numel() for _, micro_batches, _ in batches for batch in micro_batches for n in INPUTS),
         checkpointed=checkpointed,
         note=f"warm-up {warm_up:.0f} s, loss {first:.3f}",
     )
@@ -173,7 +178,9 @@ def measure_trainer(base, dataset, pad_to, checkpointing, updates):
     )
     trainer.train()
     synchronize(model.device)
-    result = dict(count, seconds=time.perf_counter() - clock.start, checkpointed=checkpointing, note="")
+    result = dict(
+        count, computed=count["padded"], seconds=time.perf_counter() - clock.start, checkpointed=checkpointing, note=""
+    )
     result["samples"] = updates * 8  # the loader collates ahead of the last step
     peft_model.unload()
     return result
@@ -223,7 +230,7 @@ def main():
             torch.cuda.reset_peak_memory_stats()
         r = measure()
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else ""
-        flops = r["padded"] * weights * (6 if r["checkpointed"] else 4)
+        flops = r["computed"] * weights * (6 if r["checkpointed"] else 4)
         print(
             f"| {name} | {r['samples'] / r['seconds']:.1f} | {r['tokens'] / r['seconds']:,.0f} | {1 - r['tokens'] / r['padded']:.0%} "
             f"| {peak} | {flops / r['seconds'] / ceiling:.0%} | {r['note']} |",
