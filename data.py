@@ -24,7 +24,13 @@ ROLES = ("system", "user", "assistant", "observation")
 
 
 class DataError(ValueError):
-    """What is wrong with a data file: a line a fault, each with file, line or record, what, and the remedy."""
+    """What is wrong with data files: one line per fault, each with file, line or record, what, and the remedy."""
+
+
+def told(faults, most=20):
+    """One line per fault: the first of them, then a count."""
+    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    return "\n".join([*faults[:most], *more])
 
 
 # --- tokenizer and prompt ---------------------------------------------------------------------------------------------
@@ -134,33 +140,31 @@ def render(tokenizer, input_ids, labels):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_conversations(path):
-    """Reads a JSON list or JSONL file of instruction records {"instruction", "input" (optional), "output"} and
+def read_conversations(files):
+    """Reads JSON lists and JSONL files of instruction records {"instruction", "input" (optional), "output"} and
     conversation records {"conversations": [{"role", "content", "metadata" (optional)}, …]}, told apart by content.
 
-    → [(place, messages)], place being "file:line" or "file: record N". Raises DataError with every fault of the file
-    (the first 20, then a count).
+    → [(place, messages)], place being "file:line" or "file: record N". Raises DataError with the faults of all files.
     """
-    return [(place, messages) for place, _, messages in read_records(path)]
+    return [(place, messages) for place, _, messages in read_records(files)]
 
 
-def read_records(path, prompts=False):
+def read_records(files, prompts=False):
     """read_conversations with the records as they were: → [(place, record, messages)]. prompts: their answers are not
     needed; the messages are those before the last answer, if there is one."""
-    path = Path(path)
-    found_records, faults = [], []
-    for place, record, fault in _records(path):
-        found = [fault] if fault else []
-        if not fault:
-            messages = _messages(record, found, prompts)
-            found_records.append((place, record, messages))
-        faults += [f"{place}: {what}" for what in found]
-    if not found_records and not faults:
-        faults = [f"{path}: the file is empty: it has no records"]
+    records, faults = [], []
+    for file in map(Path, files):
+        before = len(records) + len(faults)
+        for place, record, fault in _records(file):
+            found = [fault] if fault else []
+            if not fault:
+                records.append((place, record, _messages(record, found, prompts)))
+            faults += [f"{place}: {what}" for what in found]
+        if len(records) + len(faults) == before:
+            faults.append(f"{file}: the file is empty: it has no records")
     if faults:
-        more = f"{path}: and {len(faults) - 20} more" if len(faults) > 20 else None
-        raise DataError("\n".join([*faults[:20], *([more] if more else [])]))
-    return found_records
+        raise DataError(told(faults))
+    return records
 
 
 def _records(path):
@@ -313,22 +317,15 @@ class ConversationDataset(Dataset):
 
     At most `max_length` tokens of a sample are kept, prompt and answer together: `cut` counts the samples that lost
     their end (a cut answer has no end token, so the model doesn't learn to stop there), `dropped` those with nothing
-    left to learn. `shared` is how many tokens all samples begin with, those of a system message mostly, in eights.
+    left to learn. `shared` is how many tokens all samples begin with, mostly those of the system message, rounded down to
+    a multiple of 8.
     Raises DataError (see read_conversations), also if no sample remains.
     """
 
     def __init__(self, files, tokenizer, max_length, system=None):
-        conversations, faults = [], []
-        for file in files:
-            try:
-                conversations += read_conversations(file)
-            except DataError as error:
-                faults.append(str(error))
-        if faults:
-            raise DataError("\n".join(faults))
         self.samples, self.places = [], []
         self.cut = self.dropped = 0
-        for place, messages in conversations:
+        for place, messages in read_conversations(files):
             input_ids, labels = encode_conversation(tokenizer, with_system(messages, system))
             if all(label == IGNORE for label in labels[:max_length]):
                 self.dropped += 1
@@ -359,7 +356,7 @@ def collate(samples, shared=0):
     prefix [P], the `shared` tokens that all samples begin with, so that the network computes them once (none for a single
     sample); input_ids [B, T - P], what follows; positions [N], where among these P + B × (T - P) tokens a supervised one
     is predicted; targets [N], those tokens. N is padded too, to a multiple of 128 (position 0, target -100), so that few
-    shapes occur.
+    shapes occur. Computed once, the prefix also has one dropout mask for all rows.
     """
     shared = shared if len(samples) > 1 else 0
     length = max(len(input_ids) for input_ids, _ in samples)
@@ -367,18 +364,18 @@ def collate(samples, shared=0):
     input_ids = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _ in samples])
     # The shift: position t predicts token t + 1.
     labels = torch.stack([F.pad(labels[1:], (0, length - len(labels) + 1), value=IGNORE) for _, labels in samples])
-    place = torch.arange(shared + len(samples) * (length - shared))
-    rows = place[shared:].view(len(samples), -1)
-    place = torch.cat(
-        (place[:shared].expand(len(samples), -1), rows), dim=1
+    index = torch.arange(shared + len(samples) * (length - shared))
+    rows = index[shared:].view(len(samples), -1)
+    index = torch.cat(
+        (index[:shared].expand(len(samples), -1), rows), dim=1
     )  # [B, T]: of each token among those computed
-    learnt = labels != IGNORE
-    fill = (0, -int(learnt.sum()) % 128)
+    supervised = labels != IGNORE
+    fill = (0, -int(supervised.sum()) % 128)
     return {
         "prefix": input_ids[0, :shared],
         "input_ids": input_ids[:, shared:].contiguous(),
-        "positions": F.pad(place[learnt], fill),
-        "targets": F.pad(labels[learnt], fill, value=IGNORE),
+        "positions": F.pad(index[supervised], fill),
+        "targets": F.pad(labels[supervised], fill, value=IGNORE),
     }
 
 

@@ -36,62 +36,45 @@ OFFICIAL_FILES = """tokenizer.model tokenizer_config.json special_tokens_map.jso
 
 
 def parse_args(argv=None):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
+    number = chatglm.number
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Without --prompt, --input and --merge-to: a chat.",
         usage="%(prog)s [--prompt TEXT | --input FILE … --output FILE | --merge-to DIR] [options]",
-        formatter_class=formatter,
+        formatter_class=chatglm.HelpFormatter,
     )
     group = parser.add_argument_group("what to do")
-    group.add_argument("--prompt", metavar="TEXT", help="answer this user's message")
-    group.add_argument("--compare", action="store_true", help="with --prompt: the base's answer first")
-    group.add_argument("--input", nargs="+", metavar="FILE", help="answer these records, of train.py's kinds")
-    group.add_argument(
-        "--output", metavar="FILE", help="JSONL: each record with its prediction, as soon as it is there"
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--prompt", metavar="TEXT", help="answer this user's message")
+    add("--input", nargs="+", metavar="FILE", help="answer these records, of train.py's kinds")
+    add("--merge-to", metavar="DIR", help="save base and adapter as one checkpoint")
+    add = group.add_argument
+    add("--compare", action="store_true", help="with --prompt: the base's answer first")
+    add("--output", metavar="FILE", help="with --input: JSONL, each record with its prediction as soon as it is there")
+    add = parser.add_argument_group("model").add_argument
+    add("--adapter", default=chatglm.ADAPTER_DIR, metavar="DIR", help="what train.py wrote")
+    add("--model", help="directory or hub id of the base; without it, the one the adapter was trained on")
+    add("--no-adapter", action="store_true", help="answer with the base alone")
+    add("--force", action="store_true", help="accept another base than the adapter was trained on")
+    add("--system", metavar="TEXT", help="system message; without it, the one trained with")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    dtypes = ("auto", *chatglm.DTYPES)
+    add("--dtype", choices=dtypes, default="auto", help="auto: fp16 on CUDA, else fp32; with --merge-to, the base's")
+    add("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
+    add("--compile", action="store_true", help="compile the blocks: faster, after some seconds")
+    add = parser.add_argument_group("decoding").add_argument
+    add("--batch-size", type=number(1, 2**16), default=16, help="records of --input that are answered at a time")
+    add("--max-new-tokens", type=number(1, 2**20), default=128, help="length of the answer at most")
+    add("--greedy", action="store_true", help="always the most likely token; what follows but the penalty is not used")
+    add("--temperature", type=number(0.01, 100), default=0.8, help="below 1 sharpens, above 1 flattens")
+    add("--top-k", type=number(1, 2**20), help="draw from this many likeliest tokens; without it, from any number")
+    add("--top-p", type=number(1e-6, 1), default=0.8, help="draw from the likeliest tokens that add up to this")
+    add(
+        "--repetition-penalty", type=number(0.01, 100), default=1.0, help="above 1: fewer tokens that are there already"
     )
-    group.add_argument("--merge-to", metavar="DIR", help="save base and adapter as one checkpoint")
-    group = parser.add_argument_group("model")
-    group.add_argument("--adapter", default=chatglm.ADAPTER_DIR, metavar="DIR", help="what train.py wrote")
-    group.add_argument(
-        "--model", help="directory or hub id of the base; without it, the one the adapter was trained on"
-    )
-    group.add_argument("--no-adapter", action="store_true", help="answer with the base alone")
-    group.add_argument("--force", action="store_true", help="accept another base than the adapter was trained on")
-    group.add_argument("--system", metavar="TEXT", help="system message; without it, the one trained with")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", *chatglm.DTYPES),
-        default="auto",
-        help="auto: fp16 on CUDA, else fp32; with --merge-to, the base's",
-    )
-    group.add_argument("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
-    group.add_argument("--compile", action="store_true", help="compile the blocks: faster, after some seconds")
-    group = parser.add_argument_group("decoding")
-    group.add_argument("--batch-size", type=int, default=16, help="records of --input that are answered at a time")
-    group.add_argument("--max-new-tokens", type=int, default=128, help="length of the answer at most")
-    group.add_argument("--greedy", action="store_true", help="always the most likely token; nothing is drawn")
-    group.add_argument("--temperature", type=float, default=0.8, help="below 1 sharpens, above 1 flattens")
-    group.add_argument("--top-k", type=int, help="draw from this many likeliest tokens; without it, from any number")
-    group.add_argument("--top-p", type=float, default=0.8, help="draw from the likeliest tokens that add up to this")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer tokens that were there")
-    group.add_argument("--seed", type=int, help="makes what is drawn repeatable")
+    add("--seed", type=number(0, 2**63 - 1), help="makes what is drawn repeatable")
     args = parser.parse_args(argv)
-    for name, low, high in (
-        ("batch_size", 1, 2**16),
-        ("max_new_tokens", 1, 2**20),
-        ("temperature", 0.01, 100),
-        ("top_k", 1, 2**20),
-        ("top_p", 1e-6, 1),
-        ("repetition_penalty", 0.01, 100),
-        ("seed", 0, 2**63 - 1),
-    ):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"argument --{name.replace('_', '-')}: must be between {low} and {high}, not {value}")
     for given, message in (
-        ((args.prompt is not None) + bool(args.input) + (args.merge_to is not None) > 1, "one of these at a time"),
         (args.prompt is not None and not args.prompt.strip(), "argument --prompt: it is empty"),
         (bool(args.input) != (args.output is not None), "--input and --output go together"),
         (args.compare and (args.prompt is None or args.no_adapter), "--compare needs --prompt, and an adapter"),
@@ -100,7 +83,7 @@ def parse_args(argv=None):
         (args.compile and args.load_in, "--compile: quantised blocks are not compiled; no --load-in"),
     ):
         if given:
-            parser.error(message.replace("these", "--prompt, --input and --merge-to"))
+            parser.error(message)
     return args
 
 
@@ -130,7 +113,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=1.0):
         logits = keep_top_k(logits, top_k)
     if top_p < 1:
         logits = keep_top_p(logits, top_p)
-    # The first of exponential clocks that run at these rates: a draw with these probabilities.
+    # Exponential clocks, each at the rate of its probability: the first to ring is a draw, and no device is waited for.
     return (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)
 
 
@@ -173,7 +156,7 @@ class Decoder:
         self.cache = model.new_cache(rows, self.length)
         self.ids, self.positions = torch.zeros(2, rows, dtype=torch.long, device=model.device)
         self.seen = torch.zeros(rows, model.config.padded_vocab_size, dtype=torch.bool, device=model.device)
-        if self.capture or self.compile:  # a first step compiles and loads kernels; the numbers it draws are given back
+        if self.capture or self.compile:  # a first step compiles and loads kernels; the random state is restored
             with torch.random.fork_rng([torch.cuda.current_device()] if self.cuda else []):
                 self.step()
         if self.capture:
@@ -261,6 +244,15 @@ def answer(decoder, tokenizer, prompt_ids, max_new_tokens):
     return (id for _, id in decoder.generate([prompt_ids], max_new_tokens, tokenizer.stop_ids) if id is not None)
 
 
+def cut(decoder, prompt_ids, ids, max_new_tokens):
+    """Why an answer stopped before its end, in words; None if it didn't."""
+    if len(ids) == max_new_tokens:
+        return f"cut at --max-new-tokens {max_new_tokens}"
+    if len(prompt_ids) + len(ids) == decoder.model.config.seq_length:
+        return f"cut at {len(ids)} tokens: the context is full"
+    return None
+
+
 def stream(tokenizer, ids, seen=None, with_metadata=False):
     """Yields the pieces of text that `ids`, an iterable, add to the answer; never half a character. seen: a list that gets
     the ids; with_metadata: the metadata's line first, where there is one."""
@@ -331,7 +323,7 @@ def set_up(args):
     if not isinstance(system, str | None) or not isinstance(trained_on, dict):
         raise ValueError(f"{file}: damaged; copy it again, or train the adapter again")
     system = args.system if args.system is not None else system
-    tokenizer.encode(system or "")
+    tokenizer.encode(system or "")  # ValueError for what is not UTF-8
     dtype = args.dtype
     if args.merge_to is not None and dtype == "auto":
         config = read_json(base_file(path, "config.json"))
@@ -339,8 +331,6 @@ def set_up(args):
         dtype = next((name for name, value in chatglm.DTYPES.items() if str(value) == own), "auto")
     model = chatglm.load_model(path, args.device, dtype, args.load_in)
     tokenizer.check_fits(model.config.padded_vocab_size)
-    if path == str(chatglm.TINY) and model.device.type == "cpu":
-        torch.set_num_threads(1)  # its matrices are too small to share
     if trained_on and not args.no_adapter and not args.force:
         check_base({"vocabulary": tokenizer.digest, **chatglm.fingerprint(model)}, trained_on, path, args.adapter)
     return model, tokenizer, system
@@ -400,22 +390,15 @@ def as_line(record):
 
 def unanswered(args):
     """→ (the records of --input that have no line in --output yet [(place, record, messages)], how many have, the length
-    of its whole lines in bytes). Equal records have a line each. Raises ValueError for an --output that isn't of these."""
-    records, faults = [], []
-    for file in args.input:
-        try:
-            records += data.read_records(file, prompts=True)
-        except data.DataError as error:
-            faults.append(str(error))
-    if faults:
-        raise data.DataError("\n".join(faults))
+    of its complete lines in bytes). Equal records have a line each. Raises ValueError for an --output that isn't of these."""
+    records = data.read_records(args.input, prompts=True)
     if not Path(args.output).absolute().parent.is_dir():
         raise ValueError(f"{args.output}: there is no such directory; make it first")
 
     def key(record):
         return json.dumps(without_prediction(record), sort_keys=True)
 
-    open_ones = collections.Counter(key(record) for _, record, _ in records)
+    remaining = collections.Counter(key(record) for _, record, _ in records)
     lines = [b""]
     if Path(args.output).exists():
         if any(Path(args.output).samefile(file) for file in args.input):
@@ -432,28 +415,27 @@ def unanswered(args):
                 raise ValueError("prediction")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{args.output}:{number}: not a line that infer.py wrote; mend or remove it") from error
-        open_ones[key(record)] -= 1
-        if open_ones[key(record)] < 0:
+        remaining[key(record)] -= 1
+        if remaining[key(record)] < 0:
             raise ValueError(f"{args.output}:{number}: this record is not in --input; choose another --output")
     left = []
     for place, record, messages in records:
-        if open_ones[key(record)]:
-            open_ones[key(record)] -= 1
+        if remaining[key(record)]:
+            remaining[key(record)] -= 1
             left.append((place, record, messages))
     return left, len(lines), sum(len(line) + 1 for line in lines)
 
 
 def batch(args, decoder, tokenizer, system, left, done, end):
-    """Answers the records, of similar length together, and adds each to --output as soon as its answer is whole."""
-    jobs, faults = [], []
+    """Answers the records, of similar length together, and adds each to --output as soon as its answer is complete."""
+    jobs, faults, short = [], [], 0
     for place, record, messages in left:
         try:
             jobs.append((encode_prompt(decoder, tokenizer, messages, system), record))
         except ValueError as error:
             faults.append(f"{place}: {error}")
     if faults:
-        more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
-        raise ValueError("\n".join(faults[:20] + more))
+        raise ValueError(data.told(faults))
     jobs.sort(key=lambda job: len(job[0]))
     interval = 0.1 if sys.stderr.isatty() else 10
     bar = tqdm(total=done + len(left), initial=done, unit="answer", dynamic_ncols=True, mininterval=interval)
@@ -466,12 +448,18 @@ def batch(args, decoder, tokenizer, system, left, done, end):
                 if id is not None:
                     answers[row].append(id)
                     continue
+                short += cut(decoder, prompts[row], answers[row], args.max_new_tokens) is not None
                 metadata, prediction = data.split_answer(tokenizer, answers[row])
                 line = without_prediction(records[row]) | {"prediction": prediction}
                 line |= {"prediction_metadata": metadata} if metadata else {}
                 file.write(as_line(line))
                 file.flush()
                 bar.update()
+    if short:
+        print(
+            f"({short} of {len(jobs)} answers are cut at --max-new-tokens, or where the context is full)",
+            file=sys.stderr,
+        )
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
@@ -491,8 +479,8 @@ def chat(args, decoder, tokenizer, system):
         if asking:
             raise KeyboardInterrupt
 
-    def encoded(messages, system):
-        return data.encode_prompt(tokenizer, data.with_system(messages, system))
+    def length(asked, system):
+        return len(data.encode_prompt(tokenizer, data.with_system(sum(asked, []), system)))
 
     signal.signal(signal.SIGINT, interrupt)
     say = partial(print, file=sys.stderr, flush=True)
@@ -527,7 +515,7 @@ def chat(args, decoder, tokenizer, system):
             elif command == "/system":
                 tokenizer.encode(text)  # ValueError for what is not UTF-8
                 turns, system = ([], text) if text.strip() else (turns, system)
-                say(f"(system message: {system or 'none'})")
+                say(f"(system message: {system or 'none'}{'; a new conversation' if text.strip() else ''})")
                 continue
             elif command == "/observation" and text.strip() and turns:
                 asked = [*turns[:-1], [*turns[-1], {"role": "observation", "content": text}]]
@@ -536,14 +524,14 @@ def chat(args, decoder, tokenizer, system):
             else:
                 asked = [*turns, [{"role": "user", "content": line}]]
             whole = len(asked)
-            while len(asked) > 1 and len(encoded(sum(asked, []), system)) > room:
+            while len(asked) > 1 and length(asked, system) > room:
                 asked = asked[1:]
             prompt_ids = encode_prompt(decoder, tokenizer, sum(asked, []), system)
         except ValueError as error:
             say(f"({error})")
             continue
         if len(asked) < whole:
-            say(f"(the context is full: forgotten are the oldest turns, {whole - len(asked)})")
+            say(f"(the context is full: forgot the oldest {whole - len(asked)} turns)")
         ids = []
         new_ids = answer(decoder, tokenizer, prompt_ids, args.max_new_tokens)
         new_ids = itertools.takewhile(lambda _: not stopped.is_set(), new_ids)
@@ -553,8 +541,8 @@ def chat(args, decoder, tokenizer, system):
         metadata, content = data.split_answer(tokenizer, ids)
         if stopped.is_set():
             say("(stopped; what was said stays in the conversation)" if content else "(stopped; the turn is dropped)")
-        elif len(ids) == args.max_new_tokens:
-            say(f"(cut at --max-new-tokens {args.max_new_tokens})")
+        elif reason := cut(decoder, prompt_ids, ids, args.max_new_tokens):
+            say(f"({reason})")
         if content or not stopped.is_set():
             turns = [*asked[:-1], [*asked[-1], {"role": "assistant", "metadata": metadata, "content": content}]]
 
@@ -564,10 +552,12 @@ def chat(args, decoder, tokenizer, system):
 
 def reply(args, decoder, tokenizer, system):
     """Prints the answer to --prompt."""
-    prompt_ids = encode_prompt(decoder, tokenizer, [{"role": "user", "content": args.prompt}], system)
-    for text in stream(tokenizer, answer(decoder, tokenizer, prompt_ids, args.max_new_tokens)):
+    prompt_ids, ids = encode_prompt(decoder, tokenizer, [{"role": "user", "content": args.prompt}], system), []
+    for text in stream(tokenizer, answer(decoder, tokenizer, prompt_ids, args.max_new_tokens), ids):
         print(text, end="", flush=True)
     print()
+    if reason := cut(decoder, prompt_ids, ids, args.max_new_tokens):
+        print(f"({reason})", file=sys.stderr)
 
 
 def new_decoder(model, args):
@@ -585,7 +575,8 @@ def run(args):
     todo = unanswered(args) if args.input else ()
     if args.merge_to is not None and Path(args.merge_to).exists():
         if not Path(args.merge_to).is_dir() or any(Path(args.merge_to).iterdir()):
-            raise ValueError(f"{args.merge_to}: there is something already; choose another --merge-to")
+            raise ValueError(f"{args.merge_to} exists already; choose another --merge-to")
+    (args.model or "").encode()  # UnicodeEncodeError, a ValueError, for bytes that are not UTF-8
     model, tokenizer, system = set_up(args)
     path = model.name_or_path
     if args.compare:
@@ -614,8 +605,11 @@ def main(argv=None):
     chatglm.quiet_libraries()
     try:
         run(args)
-    except BrokenPipeError:
-        raise
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the answer has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError):
@@ -625,9 +619,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # whoever read the answer has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

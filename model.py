@@ -6,6 +6,7 @@ Module names are those of the official checkpoint, so weights and adapters inter
 Shapes: B batch, T tokens, C hidden size, H query heads, G key/value groups, D channels a head, V vocabulary.
 """
 
+import argparse
 import difflib
 import hashlib
 import importlib.util
@@ -35,6 +36,20 @@ SHAPE = "num_layers hidden_size ffn_hidden_size num_attention_heads multi_query_
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+# What the official code has a switch for, and every ChatGLM3 checkpoint sets so.
+FIXED = dict(
+    multi_query_attention=True,
+    rmsnorm=True,
+    post_layer_norm=True,
+    add_bias_linear=False,
+    apply_residual_connection_post_layernorm=False,
+    fp32_residual_connection=False,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    tie_word_embeddings=False,
+)
+
+
 class ChatGLMConfig(PretrainedConfig):
     """The keys of the official config.json that this network reads; the defaults are chatglm3-6b's. From a file, the
     shape must be given whole, and other keys (auto_map, names of kernels to fetch, …) are dropped: none is acted on."""
@@ -54,15 +69,6 @@ class ChatGLMConfig(PretrainedConfig):
     rope_ratio: float = 1.0
     add_qkv_bias: bool = True
     initializer_range: float = 0.02  # of the built-in model only
-    # The official code has a switch for each of these; every ChatGLM3 checkpoint sets them so.
-    multi_query_attention: bool = True
-    rmsnorm: bool = True
-    post_layer_norm: bool = True
-    add_bias_linear: bool = False
-    apply_residual_connection_post_layernorm: bool = False
-    fp32_residual_connection: bool = False
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
 
     @classmethod
@@ -80,8 +86,9 @@ class ChatGLMConfig(PretrainedConfig):
             most = 1000 if name == "num_layers" else 2**24  # nothing true is near; a network of that size is not built
             if (type(wanted) is int or name in ("layernorm_epsilon", "rope_ratio")) and not 0 < value < most:
                 raise ValueError(f"config.json: {name} is {value!r}; it must be more than 0 and less than {most}")
-            if names.index(name) >= names.index("multi_query_attention") and value != wanted:
-                raise ValueError(f"config.json: {name} is {value!r}; ChatGLM3 needs {wanted!r}")
+        for name, wanted in FIXED.items():
+            if config_dict.get(name, wanted) != wanted:
+                raise ValueError(f"config.json: {name} is {config_dict[name]!r}; ChatGLM3 needs {wanted!r}")
         for name, divisor in (("num_attention_heads", config_dict["multi_query_group_num"]), ("kv_channels", 4)):
             if config_dict[name] % divisor:
                 raise ValueError(f"config.json: {name} is {config_dict[name]}; it must be a multiple of {divisor}")
@@ -135,8 +142,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, rope, shared=None, cache=None, at=None):
         """x [B, T, C]; with shared = (P, B), [1, P + B × (T - P), C]: P tokens that all rows begin with, then what follows them
-        in each row. cache: this layer's keys and values, each [B, G, L, D], which what is computed here is written to.
-        at: None where x starts the sequences; where it is one more token of each, T = 1, see Transformer.forward."""
+        in each row. cache: this layer's keys and values, [B, G, L, D] each, written in place. at: None where x starts the
+        sequences; where it is one more token of each row, T = 1, see Transformer.forward."""
         B, T, _ = x.shape
         qkv = self.query_key_value(x).view(B, T, self.heads + 2 * self.groups, self.head_dim)
         qk, v = qkv.split((self.heads + self.groups, self.groups), dim=2)
@@ -226,9 +233,9 @@ class Transformer(nn.Module):
         With prefix [P], tokens that stand before each row, they are computed once: → [1, P + B × T, C].
 
         With a cache (new_cache), keys and values are kept there: first those of prompts, padded on the right; then, with
-        T = 1 and `positions` [B], those of one more token of each row, at that row's own position. Nothing there depends on
-        the positions but through the device, so a CUDA graph can hold it; keys past a row's position, of padding or of an
-        earlier use, are not seen."""
+        T = 1 and `positions` [B], those of one more token of each row, at that row's own position. Positions are read on the
+        device only, so a CUDA graph can hold the step; keys past a row's position, of padding or of an earlier use, are
+        masked."""
         rows, end = input_ids.shape
         shared = None
         if prefix is not None and len(prefix):
@@ -238,7 +245,7 @@ class Transformer(nn.Module):
             end = cache[0][0].shape[2]
         x = self.embedding.word_embeddings(input_ids)
         if self.training and torch.is_grad_enabled() and not x.requires_grad:
-            x.requires_grad_()  # it needs no gradient, but so all blocks are alike, and compiled once
+            x.requires_grad_()  # it needs no gradient, but this makes all blocks alike: one compilation
         if len(self.rope) < end or self.rope.device != x.device:
             with torch.inference_mode(False):  # made while decoding, it must still serve a training step
                 self.rope = rope_table(max(2 * end, 2048), self.head_dim // 2, self.head_dim, self.rope_base, x.device)
@@ -321,14 +328,20 @@ class ChatGLMForCausalLM(PreTrainedModel):
         """The training loss: cross-entropy, in fp32, summed over the supervised tokens.
 
         prefix [P], tokens that stand before each row of input_ids [B, T]; positions [N]: where among these P + B × T tokens a
-        supervised one is predicted; targets [N]: that token, or -100 for none. The output layer runs at those positions only, and at no more than LOSS_CHUNK of them at
-        a time: the logits of a long text (65,024 numbers a token, several times over) would take more than the network.
+        supervised one is predicted; targets [N]: that token, or -100 for none. The output layer runs at those positions
+        only, and at no more than LOSS_CHUNK of them at a time: the logits of a long text (65,024 numbers a token, several
+        times over) would take more memory than the network.
         """
         hidden = self.transformer(input_ids, prefix).flatten(0, 1).index_select(0, positions)  # [N, C]
         if len(hidden) <= LOSS_CHUNK:
             return self._loss(hidden, targets)
         chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        return sum(checkpoint(self._loss, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks)
+        how = dict(use_reentrant=False, preserve_rng_state=self.output_layer_drops())
+        return sum(checkpoint(self._loss, *chunk, **how) for chunk in chunks)
+
+    def output_layer_drops(self):
+        """Whether the output layer has a LoRA dropout, which must be the same when a chunk is recomputed."""
+        return any(isinstance(module, nn.Dropout) and module.p for module in self.transformer.output_layer.modules())
 
     def _loss(self, hidden, targets):
         log_probs = F.log_softmax(self.transformer.output_layer(hidden), dim=-1, dtype=torch.float32)
@@ -379,6 +392,8 @@ def load_model(path, device="auto", dtype="auto", load_in=None):
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if dtype == "auto":
         dtype = "fp16" if device == "cuda" else "fp32"
+    if device == "cpu" and str(path) == str(TINY):
+        torch.set_num_threads(1)  # its matrices are too small to share; waiting for a busy core costs more
     quantization = {}
     if load_in:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -387,6 +402,27 @@ def load_model(path, device="auto", dtype="auto", load_in=None):
         settings = four if load_in == "4bit" else dict(load_in_8bit=True)
         quantization = dict(quantization_config=BitsAndBytesConfig(**settings))
     return ChatGLMForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], device_map=device, **quantization)
+
+
+def number(low, high=10**9):
+    """→ a parser for argparse of numbers from `low` to `high`, whole ones if `low` is."""
+
+    def parse(text):
+        value = type(low)(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
+        return value
+
+    parse.__name__ = "whole number" if isinstance(low, int) else "number"  # in argparse's message
+    return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values."""
+
+    def _get_help_string(self, action):
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def _first(faults, most=3):

@@ -18,6 +18,7 @@ import signal
 import sys
 import textwrap
 import time
+from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -33,7 +34,7 @@ from tqdm import tqdm
 import data
 import model as chatglm
 
-# What the built-in model trains with instead of the defaults below: random weights need more to be changed.
+# The built-in model's defaults, instead of those below: random weights have further to go.
 TINY_PRESET = dict(
     learning_rate=3e-3,
     epochs=50,
@@ -44,114 +45,93 @@ TINY_PRESET = dict(
 
 
 def parse_args(argv=None):
-    def number(low, high=10**9, kind=int):
-        def parse(text):
-            value = kind(text)
-            if not low <= value <= high:
-                raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
-            return value
-
-        parse.__name__ = "whole number" if kind is int else "number"  # for argparse's message
-        return parse
-
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    preset = ", ".join(f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in TINY_PRESET.items())
+    number = chatglm.number
+    preset = (f"--{k.replace('_', '-')} {' '.join(v) if isinstance(v, list) else v}" for k, v in TINY_PRESET.items())
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog=f"Without --model, the defaults are instead: {preset}.",
+        epilog=f"Without --model, the defaults are {' '.join(preset)}.",
         usage="%(prog)s [options]",
-        formatter_class=formatter,
+        formatter_class=chatglm.HelpFormatter,
     )
-    group = parser.add_argument_group("model and data")
-    group.add_argument(
-        "--model", help="directory or hub id of a ChatGLM3 checkpoint; without it, the built-in tiny model"
-    )
-    group.add_argument("--data", nargs="+", default=[str(data.SAMPLE)], metavar="FILE", help="JSON or JSONL files")
-    group.add_argument("--system", metavar="TEXT", help="system message of conversations that have none")
-    group.add_argument("--output-dir", default=chatglm.ADAPTER_DIR, help="where the adapter and checkpoints go")
-    group.add_argument(
-        "--max-length", type=number(8), default=512, help="tokens of a sample, prompt and answer together"
-    )
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=number(1), default=4, help="samples of a micro-batch")
-    group.add_argument("--gradient-accumulation-steps", type=number(1), default=2, help="micro-batches of an update")
-    group.add_argument("--epochs", type=number(1), default=3, help="passes over the data")
-    group.add_argument("--max-steps", type=number(1), help="stop after this many updates, whatever --epochs says")
-    group.add_argument(
-        "--learning-rate", type=number(0.0, 1e3, float), default=1e-4, help="peak learning rate of AdamW"
-    )
-    group.add_argument(
-        "--lr-schedule", choices=("linear", "cosine", "constant"), default="linear", help="after warm-up"
-    )
-    group.add_argument("--warmup-steps", type=number(0), default=0, help="updates of linear warm-up")
-    group.add_argument("--weight-decay", type=number(0.0, 1e6, float), default=0.0, help="of AdamW")
-    group.add_argument(
-        "--max-grad-norm", type=number(0.0, 1e6, float), default=1.0, help="of gradients; 0: no clipping"
-    )
-    group.add_argument("--seed", type=number(0), default=42, help="of LoRA's start, dropout and the order of samples")
-    group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora-r", type=number(1, 4096), default=8, help="rank")
-    group.add_argument(
-        "--lora-alpha", type=number(0.0, 1e6, float), default=32, help="the update is scaled by alpha / r"
-    )
-    group.add_argument("--lora-dropout", type=number(0.0, 0.99, float), default=0.1, help="on LoRA's input")
-    group.add_argument(
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", help="directory or hub id of a ChatGLM3 checkpoint; without it, the built-in tiny model")
+    add("--data", nargs="+", metavar="FILE", help="JSON or JSONL files; without it, the sample in dataset/")
+    add("--system", metavar="TEXT", help="system message of conversations that have none")
+    add("--output-dir", default=chatglm.ADAPTER_DIR, help="where the adapter and checkpoints go")
+    add("--max-length", type=number(8), default=512, help="tokens of a sample, prompt and answer together")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=number(1), default=4, help="samples of a micro-batch")
+    add("--gradient-accumulation-steps", type=number(1), default=2, help="micro-batches of an update")
+    add("--epochs", type=number(1), default=3, help="passes over the data")
+    add("--max-steps", type=number(1), help="number of updates, instead of --epochs")
+    add("--learning-rate", type=number(0.0, 1e3), default=1e-4, help="peak learning rate of AdamW")
+    add("--lr-schedule", choices=("linear", "cosine", "constant"), default="linear", help="after warm-up")
+    add("--warmup-steps", type=number(0), default=0, help="updates of linear warm-up")
+    add("--weight-decay", type=number(0.0, 1e6), default=0.0, help="of AdamW")
+    add("--max-grad-norm", type=number(0.0, 1e6), default=1.0, help="gradients are clipped to this norm; 0: not at all")
+    add("--seed", type=number(0), default=42, help="of LoRA's start, dropout and the order of samples")
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--lora-r", type=number(1, 4096), default=8, help="rank")
+    add("--lora-alpha", type=number(0.0, 1e6), default=32, help="LoRA's output is scaled by alpha / r")
+    add("--lora-dropout", type=number(0.0, 0.99), default=0.1, help="on LoRA's input")
+    add(
         "--target-modules",
         nargs="+",
         default=["query_key_value"],
         metavar="NAME",
         help="names of the linear layers, or one regular expression for whole module paths",
     )
-    group.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules that are trained and saved whole")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", *chatglm.DTYPES),
-        default="auto",
-        help="of base and autocast; auto: fp16 on CUDA, else fp32",
-    )
-    group.add_argument(
+    add("--modules-to-save", nargs="+", metavar="NAME", help="modules that are trained and saved whole")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    dtypes = ("auto", *chatglm.DTYPES)
+    add("--dtype", choices=dtypes, default="auto", help="of base and autocast; auto: fp16 on CUDA, else fp32")
+    add(
         "--gradient-checkpointing",
-        type=lambda text: text if text in ("all", "off", "auto") else number(0)(text),
+        type=blocks,
         default="auto",
         metavar="all|off|N|auto",
         help="how many blocks recompute their activations in backward; auto: as few as memory allows",
     )
-    group.add_argument("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
-    group.add_argument("--compile", action="store_true", help="compile the blocks: faster, after some seconds")
-    group.add_argument(
+    add("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
+    add("--compile", action="store_true", help="compile the blocks: faster, after some seconds")
+    add(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
-        default=None,
-        help="replay the micro-step instead of launching its kernels one by one; default: on CUDA, unless blocks are checkpointed or quantised",
+        help="replay the micro-step instead of launching its kernels one by one; without either flag: on CUDA, unless "
+        "blocks are checkpointed or quantised",
     )
-    group = parser.add_argument_group("progress")
-    group.add_argument("--logging-steps", type=number(1), default=10, help="updates between lines of metrics.jsonl")
-    group.add_argument("--save-steps", type=number(1), default=100, help="updates between checkpoints")
-    group.add_argument("--keep-checkpoints", type=number(1), metavar="N", help="keep the newest N only")
-    group.add_argument(
+    add = parser.add_argument_group("progress").add_argument
+    add("--logging-steps", type=number(1), default=10, help="updates between lines of metrics.jsonl")
+    add("--save-steps", type=number(1), default=100, help="updates between checkpoints")
+    add("--keep-checkpoints", type=number(1), metavar="N", help="keep only the newest N")
+    add(
         "--resume",
         nargs="?",
         const="newest",
         metavar="CHECKPOINT",
-        help="continue the run in --output-dir from its newest checkpoint, or from one of them",
+        help="continue the run in --output-dir from its newest checkpoint, or from the one named",
     )
-    group.add_argument("--overwrite", action="store_true", help="start anew where --output-dir has a run already")
+    add("--overwrite", action="store_true", help="start over where --output-dir is not empty; deletes the run there")
 
     if parser.parse_args(argv).model is None:
         parser.set_defaults(**TINY_PRESET)
+    parser.set_defaults(data=[str(data.SAMPLE)])
     return parser.parse_args(argv)
 
 
-TENSORS = ("prefix", "input_ids", "positions", "targets")  # of a micro-batch, what goes to the device
+def blocks(text):
+    return text if text in ("all", "off", "auto") else chatglm.number(0)(text)
+
+
+blocks.__name__ = "number of blocks"  # in argparse's message
 
 
 # --- one update -------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step, total_steps, peak, warmup_steps, schedule):
-    """Of update number `step`, counted from 0."""
+    """The learning rate of update `step`, counted from 0."""
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -170,7 +150,7 @@ def micro_step(model, scaler, prefix, input_ids, positions, targets, supervised)
 
 class CUDAGraphs:
     """micro_step, captured once for each shape of micro-batch and then replayed: one launch instead of thousands, which
-    small batches otherwise wait for. The graphs share one pool of memory; shapes after the first `most` are not captured."""
+    small batches otherwise wait for. All share one pool of memory; shapes after the first `most` are not captured."""
 
     def __init__(self, step, params, most=96):
         self.step, self.params, self.most = step, params, most
@@ -180,7 +160,7 @@ class CUDAGraphs:
         shapes = tuple(tensor.shape for tensor in batch)
         if shapes not in self.graphs:
             if len(self.graphs) == self.most:
-                return self.step(*batch)
+                return self.launch(batch)
             self.graphs[shapes] = self.capture(batch)
         graph, inputs, loss = self.graphs[shapes]
         for mine, tensor in zip(inputs, batch, strict=True):
@@ -188,20 +168,24 @@ class CUDAGraphs:
         graph.replay()
         return loss.clone()
 
+    def launch(self, batch):
+        """The step itself, in the graphs' memory."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+            loss = self.step(*batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return loss.clone()  # outside that memory, which the next replay writes to
+
     def capture(self, batch):
         inputs = [tensor.clone() for tensor in batch]
         grads = [None if p.grad is None else p.grad.clone() for p in self.params]
         random_state = torch.cuda.get_rng_state()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        # A trial compiles, loads kernels and makes the gradients: that can't be captured.
-        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
-            self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        self.launch(inputs)  # compiles, loads kernels and creates the gradients, which can't be captured
         torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
             loss = self.step(*inputs)
-        for param, grad in zip(self.params, grads, strict=True):  # as they were before the trial
+        for param, grad in zip(self.params, grads, strict=True):  # as they were before
             param.grad.zero_() if grad is None else param.grad.copy_(grad)
         return graph, inputs, loss
 
@@ -215,7 +199,7 @@ def train_update(step, micro_batches, supervised, optimizer, scaler, max_grad_no
     supervised = torch.full((), supervised, dtype=torch.float32, device=device)
     loss = torch.zeros((), device=device)
     for batch in micro_batches:
-        tensors = (batch[name].to(device, non_blocking=True) for name in TENSORS)
+        tensors = (tensor.to(device, non_blocking=True) for tensor in batch.values())
         loss = loss + step(*tensors, supervised)
     if dist.is_initialized():
         loss = add_up(loss, [p.grad for p in params])
@@ -228,7 +212,7 @@ def train_update(step, micro_batches, supervised, optimizer, scaler, max_grad_no
 
 
 def add_up(loss, grads):
-    """Over the processes, in one message: → the loss; the gradients in place."""
+    """Sums over the processes, in one all_reduce: the gradients in place, and the loss, which is returned."""
     flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
     dist.all_reduce(flat)
     sums = flat[1:].split([grad.numel() for grad in grads])
@@ -237,7 +221,7 @@ def add_up(loss, grads):
 
 
 def processes():
-    """→ (this one's number, how many torchrun started)"""
+    """→ (rank, world size)"""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -254,8 +238,8 @@ def batch_order(dataset, args, epoch):
 
 
 def updates(dataset, args, device, first=0):
-    """Yields (epoch, this process's micro-batches, counts of samples, tokens and supervised tokens of all processes) of
-    update number `first` and those after it, without end."""
+    """Yields (epoch, this process's micro-batches, counts of samples, tokens and supervised tokens over all processes) of
+    update `first`, counted from 0, and those after it, without end."""
     rank, size = processes()
 
     def split(samples):
@@ -273,44 +257,21 @@ def updates(dataset, args, device, first=0):
         skip = 0
 
 
-def size_of(batch):
-    """Of a micro-batch: (samples, tokens of the longest, padded)"""
-    rows, rest = batch["input_ids"].shape
-    return rows, len(batch["prefix"]) + rest
-
-
-def fit_in_memory(make_step, encoder, batch, wanted):
-    """→ make_step(N), with N blocks that recompute their activations (`wanted`: all, off, a number, or auto for the fewest
-    that fit), after it has run on `batch`, the longest there is: so memory doesn't run out later. None if it doesn't fit."""
-    layers = len(encoder.layers)
-
-    def try_out(checkpointed_layers):
-        """→ (step, its peak in bytes), or None if memory runs out"""
-        encoder.checkpointed_layers = checkpointed_layers
-        step, peak = make_step(checkpointed_layers), 0
-        if batch[0].device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                step(*batch)
-                peak = torch.cuda.max_memory_allocated()
-            except torch.OutOfMemoryError:
-                step = None
-            torch.cuda.empty_cache()
-        return (step, peak) if step else None
-
-    found = try_out(min({"all": layers, "off": 0, "auto": 0}.get(wanted, wanted), layers))
-    if not found and wanted == "auto" and (least := try_out(layers)):
-        fewest = layers
-        if one_less := try_out(layers - 1):
-            room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - least[1]
-            fewest -= int(room / (one_less[1] - least[1]))  # what storing one more block's activations costs
-        found = next(filter(None, map(try_out, range(max(1, fewest), layers + 1))), None)
-    return found[0] if found else None
+def longest_batch(dataset, batch_size):
+    """A micro-batch that takes as much memory as any can: all as long as the longest sample, and with as many supervised
+    tokens as any."""
+    most = max(int((labels[1:] != data.IGNORE).sum()) for _, labels in dataset)
+    input_ids, _ = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
+    labels = input_ids.where(torch.arange(len(input_ids)) >= len(input_ids) - most, data.IGNORE)
+    return data.collate([(input_ids, labels)] * min(batch_size, len(dataset)), dataset.shared)
 
 
 def make_step(args, model, scaler, dataset):
-    """micro_step for `model`, with the fast paths that `args` asks for around it. Raises ValueError for what can't be had."""
+    """micro_step for `model`, with the fast paths that `args` asks for around it. On CUDA it has run on the longest
+    micro-batch that can occur, so that memory doesn't run out later; --gradient-checkpointing auto takes the fewest blocks
+    that fit. Raises ValueError for what can't be had, or doesn't fit."""
     encoder, cuda = model.transformer.encoder, model.device.type == "cuda"
+    layers, wanted = len(encoder.layers), args.gradient_checkpointing
     if args.cuda_graphs and not cuda:
         raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
     for module in model.modules():
@@ -322,34 +283,51 @@ def make_step(args, model, scaler, dataset):
             layer.compile(dynamic=True)  # one compilation for all lengths
     step, params = partial(micro_step, model, scaler), [p for p in model.parameters() if p.requires_grad]
 
-    def wrapped(checkpointed_layers):
-        # What can't be captured: checkpointing saves the random state, and 8-bit products wait for the device.
-        capturable = cuda and not checkpointed_layers and not args.load_in
+    def with_graphs(checkpointed):
+        # What can't be captured: recomputed dropout restores the random state, and 8-bit products wait for the device.
+        capturable = cuda and not checkpointed and not args.load_in and not model.output_layer_drops()
         if args.cuda_graphs and not capturable:
-            raise ValueError("--cuda-graphs can't replay checkpointed or quantised blocks; leave one of the two out")
+            raise ValueError(
+                "--cuda-graphs can't replay checkpointed or quantised blocks, or dropout on the output layer; leave one out"
+            )
         return CUDAGraphs(step, params) if capturable and args.cuda_graphs is not False else step
 
-    # As long as the longest sample, and as many tokens to predict as in any.
-    most = max(int((labels[1:] != data.IGNORE).sum()) for _, labels in dataset)
-    input_ids, _ = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
-    labels = input_ids.where(torch.arange(len(input_ids)) >= len(input_ids) - most, data.IGNORE)
-    batch = data.collate([(input_ids, labels)] * args.batch_size, dataset.shared)
-    tensors = [batch[name].to(model.device) for name in TENSORS] + [torch.ones((), device=model.device)]
-    size, started = "{} × {} tokens".format(*size_of(batch)), time.perf_counter()
-    step = fit_in_memory(wrapped, encoder, tensors, args.gradient_checkpointing)
-    if not step:
-        raise ValueError(
-            f"out of memory on the longest micro-batch, {size}; try a smaller --batch-size (with more "
-            "--gradient-accumulation-steps the result is the same), --gradient-checkpointing all, --load-in 4bit, or a "
-            "smaller --max-length"
-        )
+    longest = [tensor.to(model.device) for tensor in longest_batch(dataset, args.batch_size).values()]
+
+    def fits(checkpointed):
+        nonlocal chosen
+        encoder.checkpointed_layers, chosen = checkpointed, with_graphs(checkpointed)
+        if not cuda:
+            return True
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            chosen(*longest, torch.ones((), device=model.device))
+            return True
+        except torch.OutOfMemoryError:
+            chosen = None  # frees what it holds
+            return False
+        finally:
+            torch.cuda.empty_cache()
+
+    chosen, started = None, time.perf_counter()
+    size = f"{min(args.batch_size, len(dataset))} × {max(dataset.lengths)} tokens"
+    fewest = min({"all": layers, "off": 0, "auto": 0}.get(wanted, wanted), layers)
+    if not fits(fewest):
+        fewest = bisect_left(range(layers + 1), True, lo=1, key=fits) if wanted == "auto" else layers + 1
+        if fewest > layers:
+            raise ValueError(
+                f"out of memory on the longest micro-batch, {size}; try a smaller --batch-size (with more "
+                "--gradient-accumulation-steps the result is the same), --gradient-checkpointing all, --load-in 4bit, or a "
+                "smaller --max-length"
+            )
+        fits(fewest)
     if cuda:
         peak, took = torch.cuda.max_memory_allocated() / 2**30, time.perf_counter() - started
         print(f"memory   {peak:.1f} GiB for the longest micro-batch, {size}, ", end="")
-        print(f"{encoder.checkpointed_layers} of {len(encoder.layers)} blocks checkpointed (tried in {took:.1f} s)")
+        print(f"{fewest} of {layers} blocks checkpointed (tried in {took:.1f} s)")
     for param in params:  # a trial left gradients, in the tensors that a graph adds to
         param.grad = torch.zeros_like(param) if param.grad is None else param.grad.zero_()
-    return step
+    return chosen
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -357,14 +335,14 @@ def make_step(args, model, scaler, dataset):
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "training_args.json")
 STATE = ("training_state.safetensors", "training_state.json", "metrics.jsonl")
 WHOLE = ADAPTER + STATE  # what SHA256SUMS lists
-# Where a run is. The sums are those since the last line of metrics.
+# How far a run is. loss, supervised and tokens are sums since the last line of metrics.
 START = {"step": 0, "loss": 0.0, "supervised": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
-# Arguments that may change when a run is resumed: they say where files are, or what run_identity has in another form.
+# Arguments that may change when a run is resumed: they don't affect the result, or run_identity has them in another form.
 FREE = "model base data device dtype batch_size gradient_accumulation_steps output_dir save_steps keep_checkpoints resume overwrite"
 
 
 def run_identity(args, model, dataset):
-    """What has to be the same for a run to continue as if nothing had happened: name → value."""
+    """{name: value} of all that must be the same for a run to continue as if nothing had happened."""
     same = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE.split()}
     same["--device"], same["--dtype"] = model.device.type, str(model.dtype)[6:]
     same["--batch-size × --gradient-accumulation-steps × processes"] = samples_per_step(args)
@@ -393,17 +371,16 @@ def checkpoint_files(peft_model, optimizer, scaler, progress, run, args, metrics
 
 
 def write_checkpoint(directory, files, keep=None):
-    """Writes `files` and their SHA256SUMS, and removes all but the newest `keep` checkpoints."""
+    """Writes `files` and their SHA256SUMS, then removes all but the newest `keep` checkpoints."""
     files["SHA256SUMS"] = "".join(f"{sha256(files[name])}  {name}\n" for name in WHOLE).encode()
     part = write(directory.with_suffix(".part"), files)
-    if directory.exists():  # a damaged one, or the same: a run that went back passes here again
+    if directory.exists():  # damaged, or of a run that was resumed from an earlier one
         remove(directory)
     os.replace(part, directory)
     flush(directory.parent)
-    upto = checkpoints(directory.parent)
-    for old in upto[upto.index(directory) :][
-        keep or sys.maxsize :
-    ]:  # not those after it, should the run have gone back
+    found = checkpoints(directory.parent)
+    older = found[found.index(directory) :]  # a run resumed from an earlier one keeps those it has yet to come to
+    for old in older[keep or len(older) :]:
         remove(old)
 
 
@@ -417,7 +394,7 @@ def write_result(output_dir, files):
 
 
 def write(directory, files):
-    """Makes a new directory of them, on the disk and not only in its cache."""
+    """Writes `files` into a new directory, and flushes them to the disk → the directory"""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     for name, content in files.items():
@@ -442,21 +419,25 @@ def sha256(content):
 
 
 def checkpoints(output_dir):
-    """The newest first."""
+    """train.py's, the newest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,9}", p.name)]
-    found = [p for p in found if (p / "training_state.json").exists() or (p / "SHA256SUMS").exists()]  # train.py's
+    found = [p for p in found if (p / "training_state.json").exists() or (p / "SHA256SUMS").exists()]
     return sorted(found, key=lambda p: -int(p.name.partition("-")[2]))
-
-
-def remove(directory):
-    directory.unlink() if directory.is_symlink() else shutil.rmtree(directory)
 
 
 def unfinished(output_dir):
     return [*output_dir.glob("checkpoint-*.part"), *output_dir.glob("adapter.part")]
 
 
-def is_whole(checkpoint):
+def remove(checkpoint):
+    """Renames it first, so that a checkpoint is never there in part."""
+    gone = checkpoint.with_name(f"{checkpoint.name}.old.part")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
+
+
+def is_intact(checkpoint):
     try:
         lines = (checkpoint / "SHA256SUMS").read_text("ascii").splitlines()
         return lines == [f"{sha256((checkpoint / name).read_bytes())}  {name}" for name in WHOLE]
@@ -465,27 +446,28 @@ def is_whole(checkpoint):
 
 
 def find_checkpoint(output_dir, wanted):
-    """--resume's checkpoint: the newest that is whole, or the one named; None where no run has got so far. Raises
+    """--resume's checkpoint: the newest that is intact, or the one named; None where a run ended before its first. Raises
     ValueError if there is none to continue from."""
     if wanted != "newest":
-        if Path(wanted).resolve().parent != output_dir.resolve() or not is_whole(Path(wanted)):
-            raise ValueError(f"--resume {wanted}: no whole checkpoint in {output_dir}; --resume alone takes the newest")
+        if Path(wanted).resolve().parent != output_dir.resolve() or not is_intact(Path(wanted)):
+            raise ValueError(
+                f"--resume {wanted}: no intact checkpoint of {output_dir}; --resume alone takes the newest"
+            )
         return Path(wanted)
-    found = checkpoints(output_dir)
-    for checkpoint in found:
-        if is_whole(checkpoint):
+    for checkpoint in checkpoints(output_dir):
+        if is_intact(checkpoint):
             return checkpoint
         if processes()[0] == 0:
-            print(f"{checkpoint} is damaged (see its SHA256SUMS) and passed over", file=sys.stderr)
-    if found or (output_dir / "adapter_model.safetensors").exists():
-        raise ValueError(f"{output_dir} has no whole checkpoint to resume from; --overwrite starts anew")
+            print(f"{checkpoint} is damaged (see its SHA256SUMS): skipped", file=sys.stderr)
+    if set(output_dir.glob("*")) - {output_dir / "metrics.jsonl", *unfinished(output_dir)}:
+        raise ValueError(f"{output_dir} has no intact checkpoint to resume from; --overwrite starts over")
     print(f"{output_dir} has no checkpoint yet: from the start")
     return None
 
 
 def resume(checkpoint, run, optimizer, scaler):
     """Sets `optimizer` and `scaler` as they were → progress (see START). Raises ValueError if the checkpoint is of another run
-    than `run` (run_identity), or isn't what checkpoint_files gives."""
+    than `run` (run_identity), or isn't one of train.py's."""
     params = optimizer.param_groups[0]["params"]
     shapes = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in params]
     try:
@@ -494,25 +476,23 @@ def resume(checkpoint, run, optimizer, scaler):
         progress = {name: type(value)(state["progress"][name]) for name, value in START.items()}
         tensors = load_file(checkpoint / "training_state.safetensors")
         moments = {i: {name: tensors[f"{i}.{name}"] for name in shapes[i]} for i in range(len(params)) if tensors}
-        if progress["step"] < 0 or any(
-            moments[i][name].shape != shapes[i][name] for i in moments for name in shapes[i]
-        ):
+        fit = all(moments[i][name].shape == shapes[i][name] for i in moments for name in shapes[i])
+        if progress["step"] < 0 or not fit:
             raise ValueError("training_state doesn't fit the adapter")
         if not changed:
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
             scaler.load_state_dict(state["scaler"])
-    except Exception as error:  # whatever files that this program didn't write make the readers raise
+    except Exception as error:  # whatever the readers raise on a file that train.py didn't write
         raise ValueError(f"{checkpoint}: not a checkpoint of train.py: {chatglm.brief(error)}") from error
     if changed:
         told = [n if n in ("--model", "--data") else f"{n} was {state['run'].get(n)}, is {run[n]}" for n in changed]
-        raise ValueError(f"{checkpoint} is of a run with other settings: {'; '.join(told)}; --overwrite starts anew")
+        raise ValueError(f"{checkpoint} is of a run with other settings: {'; '.join(told)}; --overwrite starts over")
     return progress
 
 
 def start_writing(output_dir, checkpoint):
-    """→ metrics.jsonl, open, with the lines up to `checkpoint`. Without one, what an earlier run left is removed."""
+    """→ the lines of metrics.jsonl up to `checkpoint`. Without one, what an earlier run left is removed."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    lines = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
     for part in unfinished(output_dir):
         shutil.rmtree(part)
     if not checkpoint:
@@ -520,27 +500,27 @@ def start_writing(output_dir, checkpoint):
             remove(old)
         for name in ADAPTER:
             (output_dir / name).unlink(missing_ok=True)
-    metrics = open(output_dir / "metrics.jsonl", "wb", buffering=0)
-    metrics.write(lines)
-    return metrics
+    lines = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
+    (output_dir / "metrics.jsonl").write_bytes(lines)
+    return lines
 
 
-def last_good(output_dir, disk):
-    """The newest whole checkpoint, once the thread `disk` has ended, or None."""
+def last_intact(output_dir, disk):
+    """The newest intact checkpoint, once the thread `disk` has ended, or None."""
     disk.shutdown()
-    return next(filter(is_whole, checkpoints(output_dir)), None)
+    return next(filter(is_intact, checkpoints(output_dir)), None)
 
 
 @contextmanager
 def writing(output_dir, disk):
-    """Where the disk is full or gone: says so, and where the run can go on."""
+    """Turns the error of a full or lost disk into one that names the checkpoint to resume from."""
     try:
         yield
     except OSError as error:
-        whole = last_good(output_dir, disk)
+        checkpoint = last_intact(output_dir, disk)
         for part in unfinished(output_dir):
             shutil.rmtree(part, ignore_errors=True)
-        rest = f"{whole} is whole, --resume goes on from there" if whole else "there is no checkpoint yet"
+        rest = f"--resume continues from {checkpoint}, which is intact" if checkpoint else "there is no checkpoint yet"
         raise OSError(f"{output_dir}: cannot write: {error.strerror or error}; {rest}") from error
 
 
@@ -548,7 +528,7 @@ def writing(output_dir, disk):
 
 
 def start_processes(args):
-    """Where torchrun started several, they find each other, one GPU each; elsewhere there is nothing to do."""
+    """Joins the processes that torchrun started, one GPU each. Does nothing without torchrun."""
     if not dist.is_torchelastic_launched():
         return
     cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -563,16 +543,20 @@ def start_processes(args):
 
 
 def catch_signals():
-    """→ a list: the first SIGINT or SIGTERM is put there, for the loop to end after its update. A second Ctrl-C ends the
-    program at once, except of several processes: torchrun repeats what they already got."""
+    """→ a list: the first SIGINT or SIGTERM is put there, for the loop to end after its update. A second one ends the program
+    at once, except where there are several processes: torchrun repeats to them what they already got."""
     received = []
+    rank, size = processes()
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with suppress(OSError):  # whoever reads it may have got the signal too
-            os.write(2, b"\nstopping after this update; Ctrl-C again to stop at once\n")
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN if size > 1 else signal.SIG_DFL)
+        if rank == 0:
+            with suppress(OSError):  # the reader of stderr, `| tee` for example, may have got the signal too
+                os.write(
+                    2, b"\nstopping after this update" + (b"; again to stop at once" if size == 1 else b"") + b"\n"
+                )
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, receive)
@@ -580,7 +564,7 @@ def catch_signals():
 
 
 def agreed(received):
-    """The signal that any process received, 0 for none. It goes between the hosts: no device is waited for."""
+    """The signal that any process received, 0 for none. It is told between the CPUs: no GPU is waited for."""
     number = torch.tensor(received[0] if received else 0)
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -588,18 +572,20 @@ def agreed(received):
 
 
 def set_up(args):
-    """→ (peft model, tokenizer, dataset, what makes this run itself, the checkpoint to go on from or None). Every mistake of
-    the user's is found here, before anything is written: raises ValueError or OSError with a message for them."""
-    for text in (args.output_dir, args.system or "", *args.data):
+    """→ (peft model, tokenizer, dataset, run_identity, the checkpoint to resume from or None). Every mistake of the user's is
+    found here, before anything is written: raises ValueError or OSError with a message for them."""
+    for text in (args.output_dir, args.system or "", args.model or "", *args.data):
         text.encode()  # they are kept or printed: UnicodeEncodeError, a ValueError, for bytes that are not UTF-8
     output_dir = Path(args.output_dir)
     there = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
     if not args.output_dir or not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{args.output_dir}: cannot write there; choose another --output-dir")
     if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite starts it anew: leave one of the two out")
+        raise ValueError("--resume continues a run, --overwrite starts it over: leave one of the two out")
     if not args.resume and not args.overwrite and output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"{output_dir} is not empty; --resume goes on with the run there, --overwrite starts anew")
+        raise ValueError(f"{output_dir} is not empty; --resume continues the run there, --overwrite starts over")
+    if others := set(output_dir.glob("checkpoint-*")) - {*checkpoints(output_dir), *unfinished(output_dir)}:
+        raise ValueError(f"{min(others)} is not a checkpoint of train.py; choose another --output-dir")
     checkpoint = find_checkpoint(output_dir, args.resume) if args.resume else None
     path = chatglm.find_model(args.model)
     tokenizer = data.ChatGLMTokenizer(path)
@@ -632,12 +618,11 @@ def check_finite(progress, scaler, dataset, args, disk):
         return
     first = progress["step"] - in_a_row
     epoch, number = divmod(first, updates_per_epoch(dataset, args))
-    batch = batch_order(dataset, args, epoch)[number]
-    whole = last_good(Path(args.output_dir), disk)
+    samples = ", ".join(dataset.places[i] for i in batch_order(dataset, args, epoch)[number])
     raise ValueError(
-        f"the loss has not been a finite number since update {first + 1}, of the samples at "
-        f"{', '.join(dataset.places[i] for i in batch)}; the last good checkpoint is {whole or 'none'}; look at these "
-        "samples, or try a lower --learning-rate"
+        f"the loss or its gradients have been NaN or infinite since update {first + 1}, of the samples at {samples}; the last "
+        f"intact checkpoint is {last_intact(Path(args.output_dir), disk) or 'none'}; look at these samples, or try a lower "
+        "--learning-rate"
     )
 
 
@@ -655,11 +640,26 @@ def describe(args, peft_model, tokenizer, dataset, total_steps):
     print(f"trained  {sum(p.numel() for p in params):,} parameters in {len(params)} tensors: ", end="")
     whole = f", and whole: {' '.join(args.modules_to_save)}" if args.modules_to_save else ""
     print(f"LoRA r {args.lora_r}, alpha {args.lora_alpha:g} on {' '.join(args.target_modules)}{whole}")
-    count = processes()[1]
-    size = f"{args.batch_size} × {args.gradient_accumulation_steps} samples" + (
-        f" × {count} processes" if count > 1 else ""
-    )
-    print(f"updates  {total_steps:,}, each of {size}", flush=True)
+    size, count = f"{args.batch_size} × {args.gradient_accumulation_steps} samples", processes()[1]
+    print(f"updates  {total_steps:,}, each of {size}{f' × {count} processes' if count > 1 else ''}", flush=True)
+
+
+def report(args, samples, tokens, took, progress, scaler, device):
+    """What was done, and what to do with it."""
+    if samples:
+        rates = f"{samples / took:.1f} samples/s, {tokens / took:,.0f} tokens/s"
+        print(f"speed    {samples:,} samples in {took:.1f} s: {rates}")
+    else:
+        print("         this run had already finished: there was nothing left to do")
+    if scaler.is_enabled():
+        skipped = int(progress["skipped"])
+        print(f"         {skipped} updates skipped because fp16 overflowed; loss scale {scaler.get_scale():g}")
+    if device.type == "cuda":
+        print(f"         peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    print(f"saved    {args.output_dir}/adapter_model.safetensors; try it:")
+    infer = os.path.relpath(Path(__file__).with_name("infer.py"))
+    adapter = "" if args.output_dir == chatglm.ADAPTER_DIR else f" --adapter {shlex.quote(args.output_dir)}"
+    print(f'         python {infer}{adapter} --prompt "你是谁？"')
 
 
 def train(args):
@@ -672,17 +672,15 @@ def train(args):
     total_steps = args.max_steps or args.epochs * updates_per_epoch(dataset, args)
     describe(args, peft_model, tokenizer, dataset, total_steps)
     model = peft_model.get_base_model().train()  # the network itself, LoRA layers inside: no wrapper around it
-    if args.model is None and model.device.type == "cpu":
-        torch.set_num_threads(1)  # its matrices are too small to share; waiting for a busy core costs more
     device, params = model.device, [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # creates the scale, in case this process has no share of an update
     optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=device.type == "cuda")
     progress = dict(START)
     if checkpoint:
         progress = resume(checkpoint, run, optimizer, scaler)
         print(f"resumed  {checkpoint}, {progress['step']:,} of {total_steps:,} updates done")
     step_fn = make_step(args, model, scaler, dataset)
-    scaler.scale(torch.zeros((), device=device))  # puts the scale there, should this process have no share of an update
     if dist.is_initialized():  # nothing is written before every process got here
         everyone = [None] * size
         dist.all_gather_object(everyone, (run, progress["step"]))
@@ -690,11 +688,12 @@ def train(args):
             raise ValueError("the processes differ in arguments, data, weights or the checkpoint they found")
 
     output_dir = Path(args.output_dir)
-    metrics = start_writing(output_dir, checkpoint) if rank == 0 else open(os.devnull, "wb")
-    quiet = dict(disable=rank > 0, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
-    bar = tqdm(total=total_steps, initial=progress["step"], unit="update", **quiet)
-    disk = ThreadPoolExecutor(1)  # writes a checkpoint while training goes on
+    disk = ThreadPoolExecutor(1)  # writes a checkpoint while training continues
     saving = disk.submit(int)  # nothing yet
+    with writing(output_dir, disk):
+        metrics = start_writing(output_dir, checkpoint) if rank == 0 else b""
+    look = dict(disable=rank > 0, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
+    bar = tqdm(total=total_steps, initial=progress["step"], unit="update", **look)
     received = catch_signals()
     samples, tokens, started = 0, 0, time.perf_counter()
     window_started = started
@@ -716,13 +715,13 @@ def train(args):
         progress["skipped"] += overflow
         progress["skipped_in_a_row"] = (progress["skipped_in_a_row"] + 1) * overflow
         samples, tokens = samples + counts["samples"], tokens + counts["tokens"]
-        stop = agreed(received)
-        if not stop:
-            bar.update()
 
-        last = step == total_steps
-        log, save = step % args.logging_steps == 0 or last, step % args.save_steps == 0 or last
-        if log or save or stop:
+        stop, last = agreed(received), step == total_steps
+        # After Ctrl-C the reader of stderr, `| tee` for example, may be gone, and an error would cost this update.
+        bar.disable |= bool(stop)
+        bar.update()
+        log, save = step % args.logging_steps == 0 or last, step % args.save_steps == 0 or last or stop
+        if log or save:
             check_finite(progress, scaler, dataset, args, disk)
         if log:
             mean = float(progress["loss"]) / progress["supervised"]  # over the supervised tokens since the last line
@@ -736,53 +735,36 @@ def train(args):
                 "loss_scale": scaler.get_scale(),
                 "skipped": int(progress["skipped"]),  # updates since the start that GradScaler skipped
             }
-            with writing(output_dir, disk):
-                metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             speed = progress["tokens"] / (time.perf_counter() - window_started)
             overflows = {"skipped": line["skipped"]} if line["skipped"] else {}
-            if not stop:
-                bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflows})
+            bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflows})
             progress |= {"loss": 0.0, "supervised": 0, "tokens": 0}
             window_started = time.perf_counter()
-        if (save or stop) and rank == 0:
+            line = json.dumps(line, allow_nan=False).encode() + b"\n"
+            metrics += line
+            if rank == 0:
+                with writing(output_dir, disk), open(output_dir / "metrics.jsonl", "ab") as file:
+                    file.write(line)
+        if save and rank == 0:
             with writing(output_dir, disk):
-                lines = (output_dir / "metrics.jsonl").read_bytes()
-                files = checkpoint_files(peft_model, optimizer, scaler, progress, run, args, lines)
-                saving.result()
-                directory = output_dir / f"checkpoint-{step}"
-                saving = disk.submit(write_checkpoint, directory, files, args.keep_checkpoints)
+                files = checkpoint_files(peft_model, optimizer, scaler, progress, run, args, metrics)
+                saving.result()  # raises what happened to the one before
+                saving = disk.submit(write_checkpoint, output_dir / f"checkpoint-{step}", files, args.keep_checkpoints)
                 if stop or last:
                     saving.result()
         if stop:
             if dist.is_initialized():
                 dist.barrier()  # the first that is gone makes torchrun end the others
-            with suppress(OSError):
-                bar.close()
-            print(f"stopped  after update {step}; --resume goes on from {output_dir}/checkpoint-{step}")
+            bar.close()
+            print(f"stopped  after update {step}; --resume continues from {output_dir}/checkpoint-{step}")
             sys.exit(128 + stop)
 
     bar.close()
-    metrics.close()
     if rank == 0:
         with writing(output_dir, disk):
             write_result(output_dir, adapter_files(peft_model, args))
     disk.shutdown()
-    took = time.perf_counter() - started
-    if samples:
-        print(
-            f"speed    {samples:,} samples in {took:.1f} s: {samples / took:.1f} samples/s, {tokens / took:,.0f} tokens/s"
-        )
-    else:
-        print("finished before: there was nothing left to do")
-    if scaler.is_enabled():
-        skipped = int(progress["skipped"])
-        print(f"         {skipped} updates skipped because fp16 overflowed; loss scale {scaler.get_scale():g}")
-    if device.type == "cuda":
-        print(f"         peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    adapter = "" if args.output_dir == chatglm.ADAPTER_DIR else f" --adapter {shlex.quote(args.output_dir)}"
-    print(f"saved    {output_dir}/adapter_model.safetensors; try it:")
-    infer = os.path.relpath(Path(__file__).with_name("infer.py"))
-    print(f'         python {infer}{adapter} --prompt "你是谁？"')
+    report(args, samples, tokens, time.perf_counter() - started, progress, scaler, device)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -107,14 +107,14 @@ def test_json_and_jsonl_by_content_with_and_without_bom(tmp_path):
         ("c.json", "\ufeff" + json.dumps(TURN) + "\n" + json.dumps(TURN)),
     ):
         (tmp_path / name).write_text(text, "utf-8")
-        found = [messages for _, messages in data.read_conversations(tmp_path / name)]
+        found = [messages for _, messages in data.read_conversations([tmp_path / name])]
         assert found == [[{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]] * 2
 
 
 def test_instruction_and_input_make_the_question(tmp_path):
     records = [TURN | {"instruction": i, "input": t} for i, t in (("a", "b"), ("", "b"), ("a", ""))]
     file = write_jsonl(tmp_path / "x", [*records, {"instruction": "a", "output": "2"}])
-    assert [m[0]["content"] for _, m in data.read_conversations(file)] == ["a\nb", "b", "a", "a"]
+    assert [m[0]["content"] for _, m in data.read_conversations([file])] == ["a\nb", "b", "a", "a"]
 
 
 def talk(*turns, **more):
@@ -171,21 +171,21 @@ def test_faults_are_told_with_their_place(tmp_path, content, fault):
     file = tmp_path / "x.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     if fault is None:
-        assert data.read_conversations(file)
+        assert data.read_conversations([file])
         return
     with pytest.raises(data.DataError) as error:
-        data.read_conversations(file)
+        data.read_conversations([file])
     assert str(error.value).startswith(f"{file}{fault}") and "\n" not in str(error.value)
 
 
 def test_unreadable_files(tmp_path):
     with pytest.raises(data.DataError, match="nowhere.json: No such file"):
-        data.read_conversations(tmp_path / "nowhere.json")
+        data.read_conversations([tmp_path / "nowhere.json"])
     with pytest.raises(data.DataError, match="Is a directory"):
-        data.read_conversations(tmp_path)
+        data.read_conversations([tmp_path])
     (tmp_path / "gbk").write_bytes(b"\n" + "甄嬛".encode("gbk"))
     with pytest.raises(data.DataError, match="gbk:2: not UTF-8"):
-        data.read_conversations(tmp_path / "gbk")
+        data.read_conversations([tmp_path / "gbk"])
 
 
 def test_all_faults_are_listed_up_to_twenty(tmp_path, tokenizer):

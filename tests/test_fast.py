@@ -69,13 +69,39 @@ def test_the_loss_in_chunks_is_the_loss(base, monkeypatch):
     for chunk in (10**6, 128, 100):
         monkeypatch.setattr(chatglm, "LOSS_CHUNK", chunk)
         peft_model.zero_grad()
-        loss = base.summed_loss(*(batch[name] for name in train.TENSORS))
+        loss = base.summed_loss(*batch.values())
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in peft_model.parameters() if p.requires_grad)])
     for other in results[1:]:
         for mine, wanted in zip(other, results[0], strict=True):
             torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-4)
     assert results[0][0] > 1000
+
+
+def test_a_recomputed_chunk_drops_the_same(base, monkeypatch):
+    """LoRA dropout on the output layer: the gradient along a direction is the loss's slope in that direction."""
+    monkeypatch.setattr(chatglm, "LOSS_CHUNK", 128)
+    peft_model = chatglm.add_lora(base, 4, 8, 0.5, ["output_layer"])
+    params = [p for p in peft_model.parameters() if p.requires_grad]
+    batch = data.collate(random_samples([200, 260], 512))
+
+    def loss():
+        torch.manual_seed(0)
+        return base.summed_loss(*batch.values())
+
+    for param in params:
+        param.data = torch.randn(param.shape) * 0.1
+    directions, step = [torch.randn_like(p) for p in params], 3e-3
+    loss().backward()
+    along = sum((p.grad * d).sum() for p, d in zip(params, directions, strict=True))
+    values = []
+    for sign in (1, -1):
+        for param, direction in zip(params, directions, strict=True):
+            param.data += sign * step * direction
+        values.append(loss().detach())
+        for param, direction in zip(params, directions, strict=True):
+            param.data -= sign * step * direction
+    torch.testing.assert_close(along, (values[0] - values[1]) / (2 * step), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
@@ -174,7 +200,8 @@ def test_partial_checkpointing_and_chunks_on_cuda_follow_the_plain_path(tmp_path
 @cuda
 def test_auto_stores_what_fits(tmp_path, capsys):
     """The memory that the allocator may take is cut down until not all blocks fit, and then not even one."""
-    file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "output": "a b c d " * 120}] * 64)
+    records = [{"instruction": f"{'qr'[i % 2]}", "output": "a b c d " * 120} for i in range(64)]
+    file = write_jsonl(tmp_path / "d.jsonl", records)
     flags = ["--data", str(file), "--device", "cuda", "--batch-size", "64", "--max-steps", "1"]
     total = torch.cuda.get_device_properties(0).total_memory
     outcomes = []

@@ -336,7 +336,7 @@ def test_a_data_file_gives_conversations_or_faults_with_their_place(tmp_path, ra
     file.write_bytes(raw)
     try:
         with watched():
-            found = data.read_records(file, prompts)
+            found = data.read_records([file], prompts)
     except data.DataError as error:
         lines = str(error).split("\n")
         assert len(lines) <= 21 and all(line.startswith(str(file)) and line.isprintable() for line in lines)
@@ -356,7 +356,7 @@ def test_a_data_file_gives_conversations_or_faults_with_their_place(tmp_path, ra
 def test_a_valid_file_is_read_back_exactly(tmp_path, pair):
     """JSON or JSONL, either kind of record, escaped or not: nothing is lost or changed."""
     (tmp_path / "x").write_bytes(pair[1])
-    assert [messages for _, messages in data.read_conversations(tmp_path / "x")] == list(map(messages_of, pair[0]))
+    assert [messages for _, messages in data.read_conversations([tmp_path / "x"])] == list(map(messages_of, pair[0]))
 
 
 @pytest.fixture(params=["tokenizer", "official_tokenizer"])
@@ -808,6 +808,6 @@ def test_infer_py_on_a_batch_file(tmp_path, little, capsys, raw, output):
     arguments = ["--adapter", little, "--model", chatglm.TINY, "--input", tmp_path / "x", "--output", tmp_path / "y"]
     arguments += ["--greedy", "--max-new-tokens", 2, "--device", "cpu"]
     if not runs_or_refuses(infer.main, arguments, capsys, tmp_path / "y"):
-        records = [record for _, record, _ in data.read_records(tmp_path / "x", prompts=True)]
+        records = [record for _, record, _ in data.read_records([tmp_path / "x"], prompts=True)]
         answers = [json.loads(line) for line in (tmp_path / "y").read_bytes().split(b"\n")[:-1]]
         assert len(answers) == len(records) and all(isinstance(line["prediction"], str) for line in answers)

@@ -189,7 +189,7 @@ def test_graph_compiled_and_plain_decoding_say_the_same(trained, tokenizer, comp
     if device == "cpu":
         pytest.skip("see test_compiled_decoding_on_a_cpu")
     model = chatglm.load_adapter(chatglm.load_model(chatglm.TINY, "cuda"), adapter).merge_and_unload().half()
-    questions = [messages[:1] for _, messages in data.read_conversations(data.SAMPLE)][:20]
+    questions = [messages[:1] for _, messages in data.read_conversations([data.SAMPLE])][:20]
     prompts = [data.encode_prompt(tokenizer, messages) for messages in questions]
     plain = infer.Decoder(model, graph=False)
     wanted = [generate(plain, [prompt], 60, tokenizer.stop_ids)[0] for prompt in prompts]
@@ -271,7 +271,7 @@ def trained(request, tmp_path_factory):
 
 def share_of_right_answers(model, tokenizer):
     right, prompts, wanted, decoder = [], [], [], infer.Decoder(model)
-    for _, messages in data.read_conversations(data.SAMPLE):
+    for _, messages in data.read_conversations([data.SAMPLE]):
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompts.append(data.encode_prompt(tokenizer, messages[:i]))
@@ -525,7 +525,7 @@ def test_batch_command_killed_and_run_again(trained, tmp_path):
     whole = run("infer.py", *common, tmp_path / "whole.jsonl")
     assert whole.returncode == 0, whole.stderr
     wanted = read_jsonl(tmp_path / "whole.jsonl")
-    records = [record for _, record, _ in data.read_records(data.SAMPLE)]
+    records = [record for _, record, _ in data.read_records([data.SAMPLE])]
     assert as_text(infer.without_prediction(line) for line in wanted) == as_text(records)
     right = [line["prediction"] == line["output"] for line in wanted if "output" in line]
     assert sum(right) >= 0.9 * len(right) > 50
@@ -644,10 +644,10 @@ def test_the_answers_do_not_replace_the_questions(answer_files, tmp_path):
         (["--output", "f"], "--input and --output go together"),
         (["--compare"], "--compare needs --prompt"),
         (["--prompt", "q", "--compare", "--no-adapter"], "--compare needs --prompt, and an adapter"),
-        (["--prompt", "q", "--merge-to", "d"], "one of --prompt, --input and --merge-to at a time"),
+        (["--prompt", "q", "--merge-to", "d"], "argument --merge-to: not allowed with argument --prompt"),
         (["--merge-to", "d", "--load-in", "4bit"], "a quantised base can't be merged"),
         (["--merge-to", "d", "--no-adapter"], "--merge-to needs an adapter"),
-        (["--merge-to", "tests"], "tests: there is something already"),
+        (["--merge-to", "tests"], "tests exists already"),
         (["--top-k", "0"], "argument --top-k: must be between"),
     ],
 )
@@ -791,7 +791,8 @@ class Scripted:
 
     def generate(self, prompts, max_new_tokens, stop_ids):
         self.prompts.append(self.tokenizer.decode(prompts[0]))
-        for id in self.tokenizer.encode(next(self.answers))[:max_new_tokens]:
+        room = min(max_new_tokens, self.model.config.seq_length - len(prompts[0]))
+        for id in self.tokenizer.encode(next(self.answers))[:room]:
             if id == self.tokenizer.encode("§")[-1]:
                 signal.raise_signal(signal.SIGINT)
             yield 0, id
@@ -833,7 +834,11 @@ def test_turns_are_kept_in_the_official_format(talk):
         f"{first}\n a1<|user|>\n q2<|assistant|>",
         "[gMASK]sop<|system|>\n be brief<|user|>\n q3<|assistant|>",
     ]
-    assert out == "a1\na2\na3\n" and err.count("(system message: be brief)") == 3
+    assert (
+        out == "a1\na2\na3\n"
+        and err.count("(system message: be brief; a new conversation)") == 1
+        and err.count("(system message: be brief)") == 2
+    )
 
 
 def test_a_tool_is_called_and_its_result_observed(talk):
@@ -869,9 +874,18 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(talk, tokenizer
         assert kept == [first <= j <= i for first in [kept.index(True)] for j in range(6)]  # the newest, whole
     assert "question 0" in prompts[1] and "question 0" not in prompts[5] and "question 4" in prompts[5]
     assert len(prompts) == 7 and "question 5" in prompts[6]  # nothing was lost by the message that was too long
-    assert err.count("forgotten are") >= 2 and err.count("(the prompt has") == 1
+    assert err.count("(the context is full: forgot the oldest") >= 2 and err.count("(the prompt has") == 1
+
+
+def test_an_answer_that_is_cut_is_said_to_be(talk, answer_files, capsys):
+    _, _, err = talk(["q"], ["a long answer"], "--max-new-tokens", "3")
+    assert "(cut at --max-new-tokens 3)" in err
+    _, _, err = talk(["q"], ["a long answer " * 200], "--max-new-tokens", "5000", seq_length=64)
+    assert "tokens: the context is full)" in err
+    _, err, code = answer_files(Q, {"instruction": "r"})
+    assert code == 0 and "(2 of 2 answers are cut at --max-new-tokens" in err
 
 
 def test_a_short_context_is_not_all_kept_for_the_answer(talk):
     prompts, _, err = talk(["q1", "q2"], ["a1", "a2"], "--max-new-tokens", "5000", seq_length=160)
-    assert "q1" in prompts[1] and "forgotten" not in err.split("Ctrl-C")[1]
+    assert "q1" in prompts[1] and "forgot the" not in err.split("Ctrl-C")[1]

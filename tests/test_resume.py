@@ -1,5 +1,6 @@
-"""A run that is stopped in whatever way goes on as if nothing had happened; several processes make the run of one."""
+"""A run that is stopped in whatever way continues as if nothing had happened; several processes make the run of one."""
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -86,16 +87,16 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device)
         process = start(*arguments, directory)
         if kill % 4 == 0:  # at any time
             time.sleep(moments.uniform(0, until_first + 0.9 * rest))
-        elif kill % 4 == 1:  # while a checkpoint is written
+        elif kill % 2:  # while a checkpoint is written
             wait_for(lambda: list(directory.glob("*.part")), process)  # noqa: B023
-            time.sleep(moments.uniform(0, 0.02))
+            time.sleep(moments.uniform(0, 0.02) if kill % 4 == 1 else 0)
         else:
             wait_for(lambda: train.checkpoints(directory), process)  # noqa: B023
             time.sleep(moments.uniform(0, 0.9 * rest))
         process.kill()
         process.join()
         in_saving += any(directory.glob("*.part"))
-        resumed += any(map(train.is_whole, train.checkpoints(directory)))
+        resumed += any(map(train.is_intact, train.checkpoints(directory)))
         finish(start(*arguments, directory, "--resume"))
         assert outcome(directory) == wanted
         assert not list(directory.glob("*.part"))
@@ -123,24 +124,25 @@ def test_a_signal_ends_the_run_after_its_update_and_saves(tmp_path, start, numbe
     wait_for(lambda: begun(tmp_path / "out"), process)
     os.kill(process.pid, number)
     told = finish(process, 128 + number)
-    step = int(re.search(r"stopped  after update (\d+); --resume goes on from", told)[1])
+    step = int(re.search(r"stopped  after update (\d+); --resume continues from", told)[1])
     assert [p.name for p in train.checkpoints(tmp_path / "out")] == [f"checkpoint-{step}"]
     told = finish(start(*arguments, tmp_path / "out", "--resume"))
     assert f"checkpoint-{step}, {step} of 30 updates done" in told
     assert outcome(tmp_path / "out") == outcome(tmp_path / "undisturbed")
 
 
-def test_a_second_signal_ends_at_once(tmp_path, start):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(tmp_path, start, number):
     size = ["--batch-size", 1, "--gradient-accumulation-steps", 10**6]  # an update that takes minutes
     file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "output": "a"}] * 10_000)
     process = start(*RUN.split(), *size, "--data", file, "--output-dir", tmp_path / "out")
     wait_for((tmp_path / "out" / "metrics.jsonl").exists, process)
     time.sleep(1)
-    os.kill(process.pid, signal.SIGINT)
-    wait_for(lambda: "stopping after this update; Ctrl-C again" in process.log.read_text(), process)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
+    wait_for(lambda: "stopping after this update; again to stop at once" in process.log.read_text(), process)
+    os.kill(process.pid, number)
     process.join(10)
-    assert process.exitcode == -signal.SIGINT and not train.checkpoints(tmp_path / "out")
+    assert process.exitcode == -number and not train.checkpoints(tmp_path / "out")
 
 
 # --- what --resume takes ----------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def refused(capsys, *arguments):
 
 
 def test_a_directory_with_a_run_is_not_written_to_unasked(done, tmp_path, capsys):
-    assert "is not empty; --resume goes on with the run there, --overwrite" in refused(capsys, *SHORT, done)
+    assert "is not empty; --resume continues the run there, --overwrite" in refused(capsys, *SHORT, done)
     assert "leave one of the two out" in refused(capsys, *SHORT, done, "--resume", "--overwrite")
     shutil.copytree(done, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("the user's own")
@@ -202,7 +204,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
 
     def write_checkpoint(*arguments):
         plain(*arguments)
-        written.append([p.name for p in train.checkpoints(tmp_path / "out") if train.is_whole(p)])
+        written.append([p.name for p in train.checkpoints(tmp_path / "out") if train.is_intact(p)])
 
     monkeypatch.setattr(train, "write_checkpoint", write_checkpoint)
     train.main([*SHORT, str(tmp_path / "out"), *keep_one])
@@ -241,15 +243,29 @@ def test_a_signal_saves_nothing_that_is_not_finite(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(train.chatglm.ChatGLMForCausalLM, "summed_loss", spoilt)
     flags = ["--max-steps", "9", "--save-steps", "4", "--logging-steps", "9", "--device", "cpu"]
     told = refused(capsys, *flags, "--keep-checkpoints", "1", "--output-dir", tmp_path / "out")
-    assert "since update 5" in told and f"last good checkpoint is {tmp_path}/out/checkpoint-4;" in told
+    assert "since update 5" in told and f"last intact checkpoint is {tmp_path}/out/checkpoint-4;" in told
 
 
-def test_a_user_s_own_directories_stay(tmp_path):
-    own = tmp_path / "out" / "checkpoint-500"
+def test_another_program_s_run_is_not_touched(tmp_path, capsys):
+    own = tmp_path / "out" / "checkpoint-2"
     own.mkdir(parents=True)
     (own / "optimizer.pt").write_text("another program's")
-    train.main([*SHORT, str(tmp_path / "out"), "--overwrite", "--keep-checkpoints", "1"])
-    assert own.exists() and [p.name for p in train.checkpoints(tmp_path / "out")] == ["checkpoint-6"]
+    for flag in ("--overwrite", "--resume"):
+        told = refused(capsys, *SHORT, tmp_path / "out", flag)
+        assert "checkpoint-2 is not a checkpoint of train.py; choose another --output-dir" in told
+    own.rename(tmp_path / "out" / "results")
+    assert "has no intact checkpoint to resume from" in refused(capsys, *SHORT, tmp_path / "out", "--resume")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["results"]
+
+
+def test_a_checkpoint_that_was_being_removed_is_gone(cut, monkeypatch, capsys):
+    """Killed at any point of it, a checkpoint is either there or among what the next run removes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train.shutil, "rmtree", lambda path, **_: None)
+        train.remove(cut / "checkpoint-4")
+    assert [p.name for p in train.checkpoints(cut)] == ["checkpoint-2"] and len(train.unfinished(cut)) == 1
+    train.main([*SHORT, str(cut), "--resume"])
+    assert "checkpoint-2, 2 of 6 updates done" in capsys.readouterr().out and not train.unfinished(cut)
 
 
 def test_another_run_s_checkpoint_is_refused_by_name(cut, tmp_path, capsys):
@@ -265,9 +281,9 @@ def test_another_run_s_checkpoint_is_refused_by_name(cut, tmp_path, capsys):
     ):
         assert told in refused(capsys, *SHORT, cut, "--resume", *flags)
     assert {p: p.read_bytes() for p in cut.rglob("*") if p.is_file()} == before
-    assert "no whole checkpoint" in refused(capsys, *SHORT, cut, "--resume", cut / "checkpoint-3")
+    assert "no intact checkpoint" in refused(capsys, *SHORT, cut, "--resume", cut / "checkpoint-3")
     elsewhere = refused(capsys, *SHORT, tmp_path / "new", "--resume", cut / "checkpoint-2")
-    assert f"no whole checkpoint in {tmp_path}/new" in elsewhere
+    assert f"no intact checkpoint of {tmp_path}/new" in elsewhere
 
 
 def test_another_base_is_refused(cut, tmp_path, capsys):
@@ -282,7 +298,7 @@ def test_another_base_is_refused(cut, tmp_path, capsys):
     preset = " ".join(f"--{k} {v}" for k, v in (("learning-rate", 3e-3), ("epochs", 50), ("lora-r", 16))).split()
     preset += ["--lora-dropout", "0", "--target-modules", *train.TINY_PRESET["target_modules"]]
     told = refused(capsys, *SHORT, cut, "--resume", "--model", tmp_path / "base", *preset)
-    assert told.endswith("other settings: --model; --overwrite starts anew")
+    assert told.endswith("other settings: --model; --overwrite starts over")
 
 
 @pytest.mark.parametrize("name", [*train.ADAPTER, *train.STATE, "SHA256SUMS"])
@@ -299,7 +315,7 @@ def test_a_damaged_checkpoint_is_passed_over(cut, done, capsys, name):
         train.main([*SHORT, str(cut), "--resume"])
         told = capsys.readouterr()
         assert (
-            "checkpoint-6 is damaged (see its SHA256SUMS) and passed over" in told.err
+            "checkpoint-6 is damaged (see its SHA256SUMS): skipped" in told.err
             and "checkpoint-4, 4 of 6 updates done" in told.out
         )
         assert outcome(cut) == outcome(done)
@@ -308,7 +324,9 @@ def test_a_damaged_checkpoint_is_passed_over(cut, done, capsys, name):
 def test_nothing_whole_to_resume_from(cut, tmp_path, capsys):
     for checkpoint in train.checkpoints(cut):
         (checkpoint / "SHA256SUMS").unlink()
-    assert "has no whole checkpoint to resume from; --overwrite starts anew" in refused(capsys, *SHORT, cut, "--resume")
+    assert "has no intact checkpoint to resume from; --overwrite starts over" in refused(
+        capsys, *SHORT, cut, "--resume"
+    )
     train.main([*SHORT, str(tmp_path / "new"), "--resume"])
     assert "has no checkpoint yet: from the start" in capsys.readouterr().out
 
@@ -329,11 +347,36 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path, capsy
     try:
         told = refused(capsys, *SHORT, disk / "out")
         assert "No space left on device" in told
-        assert f"{disk}/out/checkpoint-4 is whole, --resume goes on from there" in told
+        assert f"{disk}/out/checkpoint-4, which is intact" in told
         assert sorted(p.name for p in (disk / "out").iterdir()) == ["checkpoint-2", "checkpoint-4", "metrics.jsonl"]
         shutil.rmtree(disk / "out" / "checkpoint-2")  # the user makes room
         train.main([*SHORT, str(disk / "out"), "--resume", "--keep-checkpoints", "1"])
         assert outcome(disk / "out") == outcome(done)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_is_full_when_a_run_is_resumed(tmp_path, capsys, done):
+    """What little room there is takes a part of the metrics: no part of them may pass for all."""
+    disk = mounted(tmp_path / "disk", "size=8m")
+    try:
+        shutil.copytree(done, disk / "out", ignore=shutil.ignore_patterns("checkpoint-2", "checkpoint-6"))
+        metrics = disk / "out" / "checkpoint-4" / "metrics.jsonl"
+        with metrics.open("ab") as file:  # more than the 4 KiB that the disk will have
+            file.write(b" " * 10_000 + b"\n")
+        sums = metrics.with_name("SHA256SUMS")
+        sums.write_text("".join(f"{train.sha256((metrics.parent / n).read_bytes())}  {n}\n" for n in train.WHOLE))
+        (disk / "out" / "metrics.jsonl").unlink()
+        (disk / "filler").write_bytes(b"x")
+        with contextlib.suppress(OSError), open(disk / "filler", "ab", buffering=0) as file:
+            while file.write(b"x" * 4096) == 4096:
+                pass
+        os.truncate(disk / "filler", (disk / "filler").stat().st_size - 4096)
+        told = refused(capsys, *SHORT, disk / "out", "--resume")
+        assert "cannot write: No space left on device; --resume continues from" in told
+        (disk / "filler").unlink()
+        train.main([*SHORT, str(disk / "out"), "--resume"])
+        assert len((disk / "out" / "metrics.jsonl").read_bytes()) > 10_000
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
 
@@ -372,8 +415,8 @@ def test_a_loss_that_stays_infinite_in_fp16_names_update_samples_and_checkpoint(
     told = refused(capsys, *flags, "--output-dir", tmp_path / "out")
     dataset = train.data.ConversationDataset([train.data.SAMPLE], tokenizer, 512)
     batch = train.data.batch_order(dataset.lengths, 2, 42, 0)[7]
-    assert "not been a finite number since update 8, of the samples at " in told
-    assert f"{', '.join(dataset.places[i] for i in batch)}; the last good checkpoint is " in told
+    assert "NaN or infinite since update 8, of the samples at " in told
+    assert f"{', '.join(dataset.places[i] for i in batch)}; the last intact checkpoint is " in told
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
     assert (lines[-1]["step"], lines[-1]["skipped"]) == (26, 19) and lines[6]["skipped"] == 0
 
@@ -409,7 +452,7 @@ def test_several_processes_make_the_updates_of_one(tmp_path, start):
         torch.testing.assert_close(
             losses_and_norms(tmp_path / str(count)), losses_and_norms(tmp_path / "1"), rtol=0, atol=1e-6
         )
-    # The run of four goes on as one of two.
+    # The run of four continues as one of two.
     shutil.rmtree(tmp_path / "4" / "checkpoint-20")
     for process in start_several(start, 2, *common, tmp_path / "4", *size, 2, "--resume"):
         finish(process)

@@ -142,9 +142,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing(tmp_path, tokenizer, monkey
         train.main([*flags, "--output-dir", str(tmp_path)])
     assert stop.value.code == 2 and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
     told = capsys.readouterr().err
-    assert (
-        "not been a finite number since update 1, of the samples at" in told and "last good checkpoint is none" in told
-    )
+    assert "NaN or infinite since update 1, of the samples at" in told and "last intact checkpoint is none" in told
     first = data.batch_order(data.ConversationDataset([data.SAMPLE], tokenizer, 512).lengths, 8, 42, 0)[0]
     assert all(f"sample.jsonl:{i + 1}" in told for i in first)
 
@@ -249,6 +247,8 @@ def test_logged_loss_is_the_mean_over_learnt_tokens(tmp_path):
         (["--system", "\udcff"], "surrogates not allowed"),
         (["--max-length", "2000"], "this model takes at most 1024 tokens"),
         (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--gradient-checkpointing", "most"], "invalid number of blocks value: 'most'"),
+        (["--model", "\udcff"], "surrogates not allowed"),
         (["--output-dir", "bad.jsonl/out"], "bad.jsonl/out: cannot write there"),
     ]
     + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "PyTorch finds no CUDA device here")]),

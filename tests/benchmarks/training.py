@@ -10,7 +10,6 @@ then timed.
 import argparse
 import datetime
 import gc
-import math
 import platform
 import sys
 import time
@@ -86,6 +85,12 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
+def padded(batch):
+    """Tokens of a micro-batch, had each row the prefix of its own."""
+    rows, rest = batch["input_ids"].shape
+    return rows * (len(batch["prefix"]) + rest)
+
+
 def measure_loop(base, dataset, arguments, updates):
     """→ what main prints, of `updates` updates after warm-up"""
     args = train.parse_args(arguments)
@@ -115,7 +120,7 @@ def measure_loop(base, dataset, arguments, updates):
         seconds=seconds,
         samples=sum(counts["samples"] for _, _, counts in batches),
         tokens=sum(counts["tokens"] for _, _, counts in batches),
-        padded=sum(math.prod(train.size_of(batch)) for _, micro_batches, _ in batches for batch in micro_batches),
+        padded=sum(padded(batch) for _, micro_batches, _ in batches for batch in micro_batches),
         computed=sum(batch[n].numel() for _, micro_batches, _ in batches for batch in micro_batches for n in INPUTS),
         checkpointed=checkpointed,
         note=f"warm-up {warm_up:.0f} s, loss {first:.3f}",
