@@ -427,10 +427,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def _first(faults, most=3):
     more = f"; and {len(faults) - most} more" if len(faults) > most else ""
-    return "; ".join(_printable(fault) for fault in faults[:most]) + more
+    return "; ".join(printable(fault) for fault in faults[:most]) + more
 
 
-def _printable(text, most=300):
+def printable(text, most=300):
     """A name out of a file may hold line breaks and terminal codes, and be of any length."""
     return text[:most] if text.isprintable() else repr(text[:most])
 
@@ -439,7 +439,7 @@ def brief(error):
     """The first line of a library's message; with its type, where the message alone could be a bare word or number."""
     if isinstance(error, pickle.UnpicklingError):  # its message tells how to run what is in the file
         return "it is damaged, or holds more than tensors"
-    line = _printable((str(error).strip().splitlines() or ["no message"])[0])
+    line = printable((str(error).strip().splitlines() or ["no message"])[0])
     return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
 
 

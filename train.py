@@ -477,6 +477,7 @@ def resume(checkpoint, run, optimizer, scaler):
         tensors = load_file(checkpoint / "training_state.safetensors")
         moments = {i: {name: tensors[f"{i}.{name}"] for name in shapes[i]} for i in range(len(params)) if tensors}
         fit = all(moments[i][name].shape == shapes[i][name] for i in moments for name in shapes[i])
+        fit = fit and all(tensor.dtype == torch.float32 for tensor in tensors.values())
         if progress["step"] < 0 or not fit:
             raise ValueError("training_state doesn't fit the adapter")
         if not changed:
@@ -485,7 +486,10 @@ def resume(checkpoint, run, optimizer, scaler):
     except Exception as error:  # whatever the readers raise on a file that train.py didn't write
         raise ValueError(f"{checkpoint}: not a checkpoint of train.py: {chatglm.brief(error)}") from error
     if changed:
-        told = [n if n in ("--model", "--data") else f"{n} was {state['run'].get(n)}, is {run[n]}" for n in changed]
+        old, new = (
+            {name: chatglm.printable(str(values.get(name))) for name in changed} for values in (state["run"], run)
+        )
+        told = [n if n in ("--model", "--data") else f"{n} was {old[n]}, is {new[n]}" for n in changed]
         raise ValueError(f"{checkpoint} is of a run with other settings: {'; '.join(told)}; --overwrite starts over")
     return progress
 
@@ -690,8 +694,6 @@ def train(args):
     output_dir = Path(args.output_dir)
     disk = ThreadPoolExecutor(1)  # writes a checkpoint while training continues
     saving = disk.submit(int)  # nothing yet
-    with writing(output_dir, disk):
-        metrics = start_writing(output_dir, checkpoint) if rank == 0 else b""
     look = dict(disable=rank > 0, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
     bar = tqdm(total=total_steps, initial=progress["step"], unit="update", **look)
     received = catch_signals()
@@ -699,69 +701,66 @@ def train(args):
     window_started = started
 
     rest = itertools.islice(updates(dataset, args, device, progress["step"]), total_steps - progress["step"])
-    for step, (epoch, micro_batches, counts) in enumerate(rest, progress["step"] + 1):
-        lr = learning_rate(step - 1, total_steps, args.learning_rate, args.warmup_steps, args.lr_schedule)
-        optimizer.param_groups[0]["lr"] = lr
-        torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))  # of dropout
-        supervised = counts["supervised"]
-        loss, grad_norm = train_update(step_fn, micro_batches, supervised, optimizer, scaler, args.max_grad_norm)
+    with bar, writing(output_dir, disk):
+        metrics = start_writing(output_dir, checkpoint) if rank == 0 else b""
+        for step, (epoch, micro_batches, counts) in enumerate(rest, progress["step"] + 1):
+            lr = learning_rate(step - 1, total_steps, args.learning_rate, args.warmup_steps, args.lr_schedule)
+            optimizer.param_groups[0]["lr"] = lr
+            torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))  # of dropout
+            supervised = counts["supervised"]
+            loss, grad_norm = train_update(step_fn, micro_batches, supervised, optimizer, scaler, args.max_grad_norm)
 
-        # On the device: reading waits for it, so it is read only where a line is logged or a checkpoint saved.
-        overflow = ~torch.isfinite(grad_norm)
-        progress["step"] = step
-        progress["loss"] += loss * supervised
-        progress["supervised"] += supervised
-        progress["tokens"] += counts["tokens"]
-        progress["skipped"] += overflow
-        progress["skipped_in_a_row"] = (progress["skipped_in_a_row"] + 1) * overflow
-        samples, tokens = samples + counts["samples"], tokens + counts["tokens"]
+            # On the device: reading waits for it, so it is read only where a line is logged or a checkpoint saved.
+            overflow = ~torch.isfinite(grad_norm)
+            progress["step"] = step
+            progress["loss"] += loss * supervised
+            progress["supervised"] += supervised
+            progress["tokens"] += counts["tokens"]
+            progress["skipped"] += overflow
+            progress["skipped_in_a_row"] = (progress["skipped_in_a_row"] + 1) * overflow
+            samples, tokens = samples + counts["samples"], tokens + counts["tokens"]
 
-        stop, last = agreed(received), step == total_steps
-        # After Ctrl-C the reader of stderr, `| tee` for example, may be gone, and an error would cost this update.
-        bar.disable |= bool(stop)
-        bar.update()
-        log, save = step % args.logging_steps == 0 or last, step % args.save_steps == 0 or last or stop
-        if log or save:
-            check_finite(progress, scaler, dataset, args, disk)
-        if log:
-            mean = float(progress["loss"]) / progress["supervised"]  # over the supervised tokens since the last line
-            line = {
-                "step": step,
-                "epoch": epoch,
-                "loss": mean if math.isfinite(mean) else None,
-                "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,  # None: this update overflowed
-                "learning_rate": lr,
-                "tokens": progress["tokens"],
-                "loss_scale": scaler.get_scale(),
-                "skipped": int(progress["skipped"]),  # updates since the start that GradScaler skipped
-            }
-            speed = progress["tokens"] / (time.perf_counter() - window_started)
-            overflows = {"skipped": line["skipped"]} if line["skipped"] else {}
-            bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflows})
-            progress |= {"loss": 0.0, "supervised": 0, "tokens": 0}
-            window_started = time.perf_counter()
-            line = json.dumps(line, allow_nan=False).encode() + b"\n"
-            metrics += line
-            if rank == 0:
-                with writing(output_dir, disk), open(output_dir / "metrics.jsonl", "ab") as file:
-                    file.write(line)
-        if save and rank == 0:
-            with writing(output_dir, disk):
+            stop, last = agreed(received), step == total_steps
+            # After Ctrl-C the reader of stderr, `| tee` for example, may be gone, and an error would cost this update.
+            bar.disable |= bool(stop)
+            bar.update()
+            log, save = step % args.logging_steps == 0 or last, step % args.save_steps == 0 or last or stop
+            if log or save:
+                check_finite(progress, scaler, dataset, args, disk)
+            if log:
+                mean = float(progress["loss"]) / progress["supervised"]  # of the supervised tokens since the last line
+                line = {
+                    "step": step,
+                    "epoch": epoch,
+                    "loss": mean if math.isfinite(mean) else None,
+                    "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,  # None: this update overflowed
+                    "learning_rate": lr,
+                    "tokens": progress["tokens"],
+                    "loss_scale": scaler.get_scale(),
+                    "skipped": int(progress["skipped"]),  # updates since the start that GradScaler skipped
+                }
+                speed = progress["tokens"] / (time.perf_counter() - window_started)
+                overflows = {"skipped": line["skipped"]} if line["skipped"] else {}
+                bar.set_postfix({"loss": f"{mean:.4f}", "lr": f"{lr:.2e}", "tok/s": f"{speed:,.0f}", **overflows})
+                progress |= {"loss": 0.0, "supervised": 0, "tokens": 0}
+                window_started = time.perf_counter()
+                line = json.dumps(line, allow_nan=False).encode() + b"\n"
+                metrics += line
+                if rank == 0:
+                    with open(output_dir / "metrics.jsonl", "ab") as file:
+                        file.write(line)
+            if save and rank == 0:
                 files = checkpoint_files(peft_model, optimizer, scaler, progress, run, args, metrics)
                 saving.result()  # raises what happened to the one before
                 saving = disk.submit(write_checkpoint, output_dir / f"checkpoint-{step}", files, args.keep_checkpoints)
                 if stop or last:
                     saving.result()
-        if stop:
-            if dist.is_initialized():
-                dist.barrier()  # the first that is gone makes torchrun end the others
-            bar.close()
-            print(f"stopped  after update {step}; --resume continues from {output_dir}/checkpoint-{step}")
-            sys.exit(128 + stop)
-
-    bar.close()
-    if rank == 0:
-        with writing(output_dir, disk):
+            if stop:
+                if dist.is_initialized():
+                    dist.barrier()  # the first that is gone makes torchrun end the others
+                print(f"stopped  after update {step}; --resume continues from {output_dir}/checkpoint-{step}")
+                sys.exit(128 + stop)
+        if rank == 0:
             write_result(output_dir, adapter_files(peft_model, args))
     disk.shutdown()
     report(args, samples, tokens, time.perf_counter() - started, progress, scaler, device)
