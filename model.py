@@ -520,24 +520,30 @@ def _trainable_in_fp32(peft_model):
 
 
 def adapter_files(peft_model):
-    """→ {name: content} of adapter_model.safetensors and adapter_config.json, peft's own layout."""
+    """→ {name: content} of peft's own layout: adapter_model.safetensors as tensors, copied to the CPU, and
+    adapter_config.json as bytes. See as_bytes."""
     # save_embedding_layers=False: peft would otherwise ask the hub whether the vocabulary was resized.
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
     config = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
     # peft keeps some lists as sets, whose order changes between runs.
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     return {
-        "adapter_model.safetensors": safetensors_bytes(state, metadata={"format": "pt"}),
+        "adapter_model.safetensors": state,
         "adapter_config.json": json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
     }
+
+
+def as_bytes(content):
+    """A file's bytes as they are, or of a dict of tensors those of its safetensors file."""
+    return content if isinstance(content, bytes) else safetensors_bytes(content, metadata={"format": "pt"})
 
 
 def save_adapter(peft_model, directory):
     """Writes adapter_files into `directory`."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     for name, content in adapter_files(peft_model).items():
-        Path(directory, name).write_bytes(content)
+        Path(directory, name).write_bytes(as_bytes(content))
 
 
 # What is read of adapter_config.json. The rest of what peft knows changes the network, the base's weights or the input.

@@ -1,6 +1,7 @@
 """A run that is stopped in whatever way continues as if nothing had happened; several processes make the run of one."""
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -32,8 +33,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def start(tmp_path_factory):
     """start(*arguments, **environment) → a process that runs train.py, forked from one that has imported it, and writes
     what it prints to the file .log"""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    # peft imports bitsandbytes where it is installed, and that starts CUDA, after which no process can be forked.
+    forks = not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes"))
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(["train"])
     os.environ["PYTHONPATH"] = str(ROOT)
     logs, numbers = tmp_path_factory.mktemp("logs"), itertools.count()
 
