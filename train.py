@@ -148,20 +148,17 @@ def micro_step(model, scaler, prefix, input_ids, positions, targets, supervised)
 
 
 class CUDAGraphs:
-    """micro_step in CUDA graphs: one launch instead of thousands, which small batches otherwise wait for. A shape of
-    micro-batch is launched as it is the first time, captured the second time, and then replayed. All share one pool of
-    memory; shapes after the first `most` are not captured."""
+    """micro_step, captured once for each shape of micro-batch and then replayed: one launch instead of thousands, which
+    small batches otherwise wait for. All share one pool of memory; shapes after the first `most` are not captured."""
 
-    def __init__(self, step, most=96):
-        self.step, self.most = step, most
-        self.seen, self.graphs = set(), {}
-        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
+    def __init__(self, step, params, most=96):
+        self.step, self.params, self.most = step, params, most
+        self.graphs, self.pool, self.stream = {}, torch.cuda.MemPool(), torch.cuda.Stream()
 
     def __call__(self, *batch):
         shapes = tuple(tensor.shape for tensor in batch)
         if shapes not in self.graphs:
-            if shapes not in self.seen or len(self.graphs) == self.most:
-                self.seen.add(shapes)
+            if len(self.graphs) == self.most:
                 return self.launch(batch)
             self.graphs[shapes] = self.capture(batch)
         graph, inputs, loss = self.graphs[shapes]
@@ -171,7 +168,7 @@ class CUDAGraphs:
         return loss.clone()
 
     def launch(self, batch):
-        """The step itself, in the graphs' memory. It compiles, loads kernels and makes gradients, which can't be captured."""
+        """The step itself, in the graphs' memory."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             loss = self.step(*batch)
@@ -180,9 +177,15 @@ class CUDAGraphs:
 
     def capture(self, batch):
         inputs = [tensor.clone() for tensor in batch]
+        grads = [None if p.grad is None else p.grad.clone() for p in self.params]
+        random_state = torch.cuda.get_rng_state()
+        self.launch(inputs)  # compiles, loads kernels and creates the gradients, which can't be captured
+        torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
             loss = self.step(*inputs)
+        for param, grad in zip(self.params, grads, strict=True):  # as they were before
+            param.grad.zero_() if grad is None else param.grad.copy_(grad)
         return graph, inputs, loss
 
 
@@ -277,7 +280,7 @@ def make_step(args, model, scaler, dataset):
         torch._dynamo.config.specialize_float = True  # eps and LoRA's scale are constants, not inputs on the CPU
         for layer in encoder.layers:
             layer.compile(dynamic=True)  # one compilation for all lengths
-    step = partial(micro_step, model, scaler)
+    step, params = partial(micro_step, model, scaler), [p for p in model.parameters() if p.requires_grad]
 
     def with_graphs(checkpointed):
         # What can't be captured: recomputed dropout restores the random state, and 8-bit products wait for the device.
@@ -286,7 +289,7 @@ def make_step(args, model, scaler, dataset):
             raise ValueError(
                 "--cuda-graphs can't replay checkpointed or quantised blocks, or dropout on the output layer; leave one out"
             )
-        return CUDAGraphs(step) if capturable and args.cuda_graphs is not False else step
+        return CUDAGraphs(step, params) if capturable and args.cuda_graphs is not False else step
 
     longest = [tensor.to(model.device) for tensor in longest_batch(dataset, args.batch_size).values()]
 
@@ -297,8 +300,7 @@ def make_step(args, model, scaler, dataset):
             return True
         torch.cuda.reset_peak_memory_stats()
         try:
-            for _ in range(2):  # the second time it is captured, if it is
-                chosen(*longest, torch.ones((), device=model.device))
+            chosen(*longest, torch.ones((), device=model.device))
             return True
         except torch.OutOfMemoryError:
             chosen = None  # frees what it holds
@@ -322,9 +324,8 @@ def make_step(args, model, scaler, dataset):
         peak, took = torch.cuda.max_memory_allocated() / 2**30, time.perf_counter() - started
         print(f"memory   {peak:.1f} GiB for the longest micro-batch, {size}, ", end="")
         print(f"{fewest} of {layers} blocks checkpointed (tried in {took:.1f} s)")
-    for param in model.parameters():  # the trial left gradients, in the tensors that a graph adds to
-        if param.requires_grad:
-            param.grad = torch.zeros_like(param) if param.grad is None else param.grad.zero_()
+    for param in params:  # the trial left gradients, in the tensors that a graph adds to
+        param.grad = torch.zeros_like(param) if param.grad is None else param.grad.zero_()
     return chosen
 
 
@@ -355,9 +356,9 @@ def adapter_files(peft_model, args):
 
 
 def checkpoint_files(peft_model, optimizer, scaler, progress, run, args, metrics):
-    """→ {name: content} of what a run can go on from, bit for bit: the adapter, AdamW's moments, the scaler, `progress` (place
-    in the data, sums since the last line of metrics), the metrics so far, and `run` (run_identity). There is no random
-    state to keep: dropout is seeded anew for each update. SHA256SUMS tells whether all of it is whole."""
+    """→ {name: content} of all that a run needs to continue bit for bit: the adapter, AdamW's moments, the scaler, `progress`
+    (place in the data, sums since the last line of metrics), the metrics so far, and `run` (run_identity). There is no
+    random state to keep: dropout is seeded anew for each update. Tensors are copies: training continues."""
     moments = optimizer.state_dict()["state"]
     copies = ((f"{i}.{name}", t.to("cpu", copy=True)) for i, state in moments.items() for name, t in state.items())
     progress = {name: value.item() if torch.is_tensor(value) else value for name, value in progress.items()}
@@ -369,7 +370,8 @@ def checkpoint_files(peft_model, optimizer, scaler, progress, run, args, metrics
 
 
 def write_checkpoint(directory, files, keep=None):
-    """Writes `files` and their SHA256SUMS, then removes all but the newest `keep` checkpoints."""
+    """Writes `files` and their SHA256SUMS, which tell whether all is there and intact, then removes all but the newest `keep`
+    checkpoints."""
     files = {name: chatglm.as_bytes(content) for name, content in files.items()}
     files["SHA256SUMS"] = "".join(f"{sha256(files[name])}  {name}\n" for name in WHOLE).encode()
     part = write(directory.with_suffix(".part"), files)
@@ -485,10 +487,10 @@ def resume(checkpoint, run, optimizer, scaler):
     except Exception as error:  # whatever the readers raise on a file that train.py didn't write
         raise ValueError(f"{checkpoint}: not a checkpoint of train.py: {chatglm.brief(error)}") from error
     if changed:
-        old, new = (
-            {name: chatglm.printable(str(values.get(name))) for name in changed} for values in (state["run"], run)
-        )
-        told = [n if n in ("--model", "--data") else f"{n} was {old[n]}, is {new[n]}" for n in changed]
+        told = []
+        for name in changed:
+            was, now = (chatglm.printable(str(value)) for value in (state["run"].get(name), run[name]))
+            told.append(name if name in ("--model", "--data") else f"{name} was {was}, is {now}")
         raise ValueError(f"{checkpoint} is of a run with other settings: {'; '.join(told)}; --overwrite starts over")
     return progress
 
