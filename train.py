@@ -466,7 +466,7 @@ def find_checkpoint(output_dir, wanted):
     return None
 
 
-def resume(checkpoint, run, optimizer, scaler):
+def resume(checkpoint, run, total_steps, optimizer, scaler):
     """Sets `optimizer` and `scaler` as they were → progress (see START). Raises ValueError if the checkpoint is of another run
     than `run` (run_identity), or isn't one of train.py's."""
     params = optimizer.param_groups[0]["params"]
@@ -479,8 +479,9 @@ def resume(checkpoint, run, optimizer, scaler):
         moments = {i: {name: tensors[f"{i}.{name}"] for name in shapes[i]} for i in range(len(params)) if tensors}
         fit = all(moments[i][name].shape == shapes[i][name] for i in moments for name in shapes[i])
         fit = fit and all(tensor.dtype == torch.float32 for tensor in tensors.values())
-        if progress["step"] < 0 or not fit:
-            raise ValueError("training_state doesn't fit the adapter")
+        fit = fit and all(0 <= progress[name] < 2**53 for name in progress if name != "loss")
+        if not fit or progress["step"] > total_steps:
+            raise ValueError("training_state doesn't fit the adapter or the run")
         if not changed:
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
             scaler.load_state_dict(state["scaler"])
@@ -683,7 +684,7 @@ def train(args):
     optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=device.type == "cuda")
     progress = dict(START)
     if checkpoint:
-        progress = resume(checkpoint, run, optimizer, scaler)
+        progress = resume(checkpoint, run, total_steps, optimizer, scaler)
         print(f"resumed  {checkpoint}, {progress['step']:,} of {total_steps:,} updates done")
     step_fn = make_step(args, model, scaler, dataset)
     if dist.is_initialized():  # nothing is written before every process got here
