@@ -45,12 +45,13 @@ class ChatGLMTokenizer:
 
     def __init__(self, path):
         try:
-            is_here = Path(path).is_dir()
-            file = Path(path, "tokenizer.model") if is_here else cached_file(str(path), "tokenizer.model")
+            file = Path(path, "tokenizer.model")
+            file = file if Path(path).is_dir() else cached_file(str(path), "tokenizer.model")
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError, ValueError) as error:
             reason = "".join(filter(str.isprintable, str(error).partition("\n")[0]))
-            raise ValueError(f"{path}: cannot read the vocabulary, its tokenizer.model: {reason}") from error
+            hint = "" if Path(path).is_dir() else "; without a network, give the directory of a checkpoint"
+            raise ValueError(f"{path}: cannot read the vocabulary, its tokenizer.model: {reason}{hint}") from error
         first = self.pieces.get_piece_size()
         self.special = {name: first + i for i, name in enumerate(self.SPECIAL)}
         self.names = {id: name for name, id in self.special.items()}

@@ -42,6 +42,7 @@ def parse_args(argv=None):
         epilog="Without --prompt, --input and --merge-to: a chat.",
         usage="%(prog)s [--prompt TEXT | --input FILE … --output FILE | --merge-to DIR] [options]",
         formatter_class=chatglm.HelpFormatter,
+        allow_abbrev=False,
     )
     group = parser.add_argument_group("what to do")
     add = group.add_mutually_exclusive_group().add_argument
@@ -65,7 +66,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("decoding").add_argument
     add("--batch-size", type=number(1, 2**16), default=16, help="records of --input that are answered at a time")
     add("--max-new-tokens", type=number(1, 2**20), default=128, help="length of the answer at most")
-    add("--greedy", action="store_true", help="always the most likely token; what follows but the penalty is not used")
+    add(
+        "--greedy",
+        action="store_true",
+        help="always the most likely token; temperature, top-k, top-p and seed are not used",
+    )
     add("--temperature", type=number(0.01, 100), default=0.8, help="below 1 sharpens, above 1 flattens")
     add("--top-k", type=number(1, 2**20), help="draw from this many likeliest tokens; without it, from any number")
     add("--top-p", type=number(1e-6, 1), default=0.8, help="draw from the likeliest tokens that add up to this")
@@ -76,6 +81,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for given, message in (
         (args.prompt is not None and not args.prompt.strip(), "argument --prompt: it is empty"),
+        (args.merge_to == "", "argument --merge-to: it is empty"),
         (bool(args.input) != (args.output is not None), "--input and --output go together"),
         (args.compare and (args.prompt is None or args.no_adapter), "--compare needs --prompt, and an adapter"),
         (args.merge_to is not None and args.no_adapter, "--merge-to needs an adapter"),
@@ -305,13 +311,21 @@ def check_base(base, trained_on, path, adapter):
     whats = {"shape": "shape", "vocabulary": "vocabulary", "fixed": "weights", "matrices": "weights"}
     for key, what in whats.items():
         if base[key] and trained_on.get(key) and base[key] != trained_on[key]:
-            raise ValueError(f"{path}: {adapter} was trained on a base with other {what}; --model names it, or --force")
+            raise ValueError(
+                f"{path}: {adapter} was trained on a base with other {what}; give that one with --model, use this one alone with --no-adapter, or accept it with --force"
+            )
 
 
 def set_up(args):
     """→ (the base, tokenizer, system message). Raises ValueError or OSError with a message for the user."""
     untrained = args.no_adapter and args.adapter == chatglm.ADAPTER_DIR and not Path(args.adapter).exists()
-    path = chatglm.find_model(args.model or (None if untrained else find_base(args.adapter)))
+    path = args.model or (None if untrained else find_base(args.adapter))
+    try:
+        path = chatglm.find_model(path)
+    except ValueError as error:
+        if args.model:
+            raise
+        raise ValueError(f"{args.adapter}: its base {path!r} is not there; give --model DIR_OR_HUB_ID") from error
     if path == str(chatglm.TINY):
         print(
             "The built-in tiny model, random weights. For the real job: train.py --model DIR_OR_HUB_ID", file=sys.stderr
@@ -394,6 +408,9 @@ def unanswered(args):
     records = data.read_records(args.input, prompts=True)
     if not Path(args.output).absolute().parent.is_dir():
         raise ValueError(f"{args.output}: there is no such directory; make it first")
+    there = args.output if Path(args.output).exists() else Path(args.output).absolute().parent
+    if Path(args.output).is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{args.output}: cannot write there; choose another --output")
 
     def key(record):
         return json.dumps(without_prediction(record), sort_keys=True)
@@ -519,6 +536,8 @@ def chat(args, decoder, tokenizer, system):
                 continue
             elif command == "/observation" and text.strip() and turns:
                 asked = [*turns[:-1], [*turns[-1], {"role": "observation", "content": text}]]
+            elif command == "/observation":
+                raise ValueError("/observation TEXT gives the result of the tool that an answer called")
             elif line.startswith("/"):
                 raise ValueError(f"not a command here; {COMMANDS}; a message may start with a space")
             else:
@@ -610,11 +629,13 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        text = str(error)
+    except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
-            text = "out of memory; try --load-in 4bit, or with --input a smaller --batch-size"
-        sys.stderr.writelines(f"infer.py: error: {line}\n" for line in text.splitlines())
+            error = ValueError("out of memory; try --load-in 4bit, or with --input a smaller --batch-size")
+        lines = chatglm.for_the_user(error)
+        if lines is None:
+            raise
+        sys.stderr.writelines(f"infer.py: error: {line}\n" for line in lines)
         sys.exit(2)
 
 

@@ -6,12 +6,17 @@ Module names are those of the official checkpoint, so weights and adapters inter
 Shapes: B batch, T tokens, C hidden size, H query heads, G key/value groups, D channels a head, V vocabulary.
 """
 
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # before peft imports it: it would ask for a package nobody needs
+
 import argparse
 import difflib
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import pickle
 import re
@@ -444,6 +449,15 @@ def brief(error):
     return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
 
 
+def for_the_user(error):
+    """→ the lines that tell a user of `error`, or None if it is a bug of ours."""
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return [f"--compile: {brief(error)}; leave it out, or mend what it needs"]
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return [f"{error.filename}: {error.strerror}"]
+    return str(error).splitlines() if isinstance(error, ValueError | OSError) else None
+
+
 def quiet_libraries():
     """For the commands: transformers, peft and the hub keep their progress bars, retries and hints to themselves."""
     warnings.filterwarnings(
@@ -451,8 +465,7 @@ def quiet_libraries():
     )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("huggingface_hub", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def fingerprint(model, samples=1024):

@@ -50,6 +50,7 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0],
         epilog=f"Without --model, the defaults are {' '.join(preset)}.",
         usage="%(prog)s [options]",
+        allow_abbrev=False,
         formatter_class=chatglm.HelpFormatter,
     )
     add = parser.add_argument_group("model and data").add_argument
@@ -296,9 +297,10 @@ def make_step(args, model, scaler, dataset):
     def fits(checkpointed):
         nonlocal chosen
         encoder.checkpointed_layers, chosen = checkpointed, with_graphs(checkpointed)
-        if not cuda:
+        if not cuda and not args.compile:
             return True
-        torch.cuda.reset_peak_memory_stats()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         try:
             chosen(*longest, torch.ones((), device=model.device))
             return True
@@ -306,7 +308,8 @@ def make_step(args, model, scaler, dataset):
             chosen = None  # frees what it holds
             return False
         finally:
-            torch.cuda.empty_cache()
+            if cuda:
+                torch.cuda.empty_cache()
 
     chosen, started = None, time.perf_counter()
     size = f"{min(args.batch_size, len(dataset))} × {max(dataset.lengths)} tokens"
@@ -320,10 +323,13 @@ def make_step(args, model, scaler, dataset):
                 "smaller --max-length"
             )
         fits(fewest)
+    took = time.perf_counter() - started
     if cuda:
-        peak, took = torch.cuda.max_memory_allocated() / 2**30, time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated() / 2**30
         print(f"memory   {peak:.1f} GiB for the longest micro-batch, {size}, ", end="")
         print(f"{fewest} of {layers} blocks checkpointed (tried in {took:.1f} s)")
+    elif args.compile:
+        print(f"compiled in {took:.1f} s")
     for param in params:  # the trial left gradients, in the tensors that a graph adds to
         param.grad = torch.zeros_like(param) if param.grad is None else param.grad.zero_()
     return chosen
@@ -450,11 +456,13 @@ def find_checkpoint(output_dir, wanted):
     """--resume's checkpoint: the newest that is intact, or the one named; None where a run ended before its first. Raises
     ValueError if there is none to continue from."""
     if wanted != "newest":
-        if Path(wanted).resolve().parent != output_dir.resolve() or not is_intact(Path(wanted)):
+        checkpoint = output_dir / Path(wanted).name
+        here = Path(wanted).parent == Path() or Path(wanted).resolve() == checkpoint.resolve()  # its name, or its path
+        if not here or not is_intact(checkpoint):
             raise ValueError(
                 f"--resume {wanted}: no intact checkpoint of {output_dir}; --resume alone takes the newest"
             )
-        return Path(wanted)
+        return checkpoint
     for checkpoint in checkpoints(output_dir):
         if is_intact(checkpoint):
             return checkpoint
@@ -492,7 +500,9 @@ def resume(checkpoint, run, total_steps, optimizer, scaler):
         for name in changed:
             was, now = (chatglm.printable(str(value)) for value in (state["run"].get(name), run[name]))
             told.append(name if name in ("--model", "--data") else f"{name} was {was}, is {now}")
-        raise ValueError(f"{checkpoint} is of a run with other settings: {'; '.join(told)}; --overwrite starts over")
+        raise ValueError(
+            f"{checkpoint} is of a run with other settings: {'; '.join(told)}; give those, or --overwrite starts over"
+        )
     return progress
 
 
@@ -588,8 +598,11 @@ def set_up(args):
         raise ValueError(f"{args.output_dir}: cannot write there; choose another --output-dir")
     if args.resume and args.overwrite:
         raise ValueError("--resume continues a run, --overwrite starts it over: leave one of the two out")
-    if not args.resume and not args.overwrite and output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"{output_dir} is not empty; --resume continues the run there, --overwrite starts over")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        if not (output_dir / "metrics.jsonl").exists() and not checkpoints(output_dir):
+            raise ValueError(f"{output_dir} is not empty, and has no run of train.py; choose another --output-dir")
+        if not args.resume and not args.overwrite:
+            raise ValueError(f"{output_dir} has a run; --resume continues it, --overwrite starts over")
     if others := set(output_dir.glob("checkpoint-*")) - {*checkpoints(output_dir), *unfinished(output_dir)}:
         raise ValueError(f"{min(others)} is not a checkpoint of train.py; choose another --output-dir")
     checkpoint = find_checkpoint(output_dir, args.resume) if args.resume else None
@@ -786,10 +799,11 @@ def main(argv=None):
             time.sleep(10)
         if isinstance(error, torch.OutOfMemoryError):
             error = ValueError("the GPU's memory ran out; try --gradient-checkpointing all, or a smaller --batch-size")
-        if not isinstance(error, ValueError | OSError):
+        lines = chatglm.for_the_user(error)
+        if lines is None:
             raise
         name = f"train.py: process {rank}" if rank else "train.py"
-        sys.stderr.writelines(f"{name}: error: {line}\n" for line in str(error).splitlines())
+        sys.stderr.writelines(f"{name}: error: {line}\n" for line in lines)
         sys.exit(2)
 
 

@@ -345,7 +345,7 @@ def test_the_system_message_of_training_is_used(tmp_path):
     "arguments, message",
     [
         (["--adapter", "nowhere"], "nowhere: no adapter here"),
-        (["--adapter", "moved"], "'/gone' is neither a directory nor a hub id"),
+        (["--adapter", "moved"], "its base '/gone' is not there; give --model DIR_OR_HUB_ID"),
         (["--adapter", "damaged"], "damaged: cannot read this adapter"),
         (["--adapter", "other"], "this adapter was not trained on this model"),
         (["--adapter", "nowhere", "--no-adapter"], "nowhere: no adapter here"),
@@ -418,7 +418,7 @@ def test_another_base_is_refused_unless_forced(tmp_path, capsys, base, what):
             infer.main(common)
         out, err = capsys.readouterr()
         assert stop.value.code == 2 and out == ""
-        assert f"{adapter} was trained on a base with {what}; --model names it, or --force" in err
+        assert f"{adapter} was trained on a base with {what}; give that one with --model" in err
         infer.main([*common, "--no-adapter"])
         common.append("--force")
     infer.main(common)
@@ -620,15 +620,18 @@ def test_metadata_of_a_prediction_is_kept(answer_files, monkeypatch, tokenizer):
         ([Q], "[]\n", "out.jsonl:1: not a line that infer.py wrote"),
         ([Q], '{"important": "notes"}', "out.jsonl: its last line is not one that infer.py wrote"),
         ([Q], None, "nowhere/out.jsonl: there is no such directory"),
+        ([Q], None, "/: cannot write there; choose another --output"),
     ],
 )
 def test_a_mistake_in_batch_files_changes_nothing(answer_files, tmp_path, records, there, message):
-    out = "nowhere/out.jsonl" if "nowhere" in message else "out.jsonl"
+    out = "nowhere/out.jsonl" if "nowhere" in message else "/" if message.startswith("/:") else "out.jsonl"
     if there:
         (tmp_path / out).write_text(there)
     _, err, code = answer_files(*records, out=out)
     assert code == 2 and message in err and err.count("error: ") == 1
-    assert (tmp_path / out).exists() == bool(there) and (not there or (tmp_path / out).read_text() == there)
+    assert (tmp_path / out).exists() == bool(there or out == "/") and (
+        not there or (tmp_path / out).read_text() == there
+    )
 
 
 def test_the_answers_do_not_replace_the_questions(answer_files, tmp_path):
@@ -847,7 +850,10 @@ def test_a_tool_is_called_and_its_result_observed(talk):
     assert prompts[1] == (
         "[gMASK]sop<|user|>\n weather?<|assistant|>get_weather\n call(city='北京')<|observation|>\n 22<|assistant|>"
     )
-    assert out == "get_weather\ncall(city='北京')\nWarm.\n" and err.count("not a command here") == 1
+    assert (
+        out == "get_weather\ncall(city='北京')\nWarm.\n"
+        and err.count("(/observation TEXT gives the result of the tool") == 1
+    )
 
 
 def test_what_was_said_before_ctrl_c_stays(talk):

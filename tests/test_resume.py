@@ -182,7 +182,7 @@ def refused(capsys, *arguments):
 
 
 def test_a_directory_with_a_run_is_not_written_to_unasked(done, tmp_path, capsys):
-    assert "is not empty; --resume continues the run there, --overwrite" in refused(capsys, *SHORT, done)
+    assert "has a run; --resume continues it, --overwrite starts over" in refused(capsys, *SHORT, done)
     assert "leave one of the two out" in refused(capsys, *SHORT, done, "--resume", "--overwrite")
     shutil.copytree(done, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("the user's own")
@@ -216,9 +216,10 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_named_checkpoint_and_another_split_of_the_update(cut, done, capsys):
-    train.main([*SHORT, str(cut), "--resume", str(cut / "checkpoint-2")])
-    assert "checkpoint-2, 2 of 6 updates done" in capsys.readouterr().out
-    assert outcome(cut) == outcome(done)
+    for name in (str(cut / "checkpoint-2"), "checkpoint-2"):
+        train.main([*SHORT, str(cut), "--resume", name])
+        assert "checkpoint-2, 2 of 6 updates done" in capsys.readouterr().out
+        assert outcome(cut) == outcome(done)
     shutil.rmtree(cut / "checkpoint-6")
     train.main([*SHORT, str(cut), "--resume", "--batch-size", "2", "--gradient-accumulation-steps", "4"])
     losses = [[json.loads(line)["loss"] for line in (d / "metrics.jsonl").open()] for d in (cut, done)]
@@ -254,12 +255,16 @@ def test_another_program_s_run_is_not_touched(tmp_path, capsys):
     own = tmp_path / "out" / "checkpoint-2"
     own.mkdir(parents=True)
     (own / "optimizer.pt").write_text("another program's")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        told = refused(capsys, *SHORT, tmp_path / "out", *flags)
+        assert told.endswith("out is not empty, and has no run of train.py; choose another --output-dir")
+    (tmp_path / "out" / "metrics.jsonl").write_text("")
     for flag in ("--overwrite", "--resume"):
         told = refused(capsys, *SHORT, tmp_path / "out", flag)
         assert "checkpoint-2 is not a checkpoint of train.py; choose another --output-dir" in told
     own.rename(tmp_path / "out" / "results")
     assert "has no intact checkpoint to resume from" in refused(capsys, *SHORT, tmp_path / "out", "--resume")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["results"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "results"]
 
 
 def test_a_checkpoint_that_was_being_removed_is_gone(cut, monkeypatch, capsys):
@@ -302,7 +307,7 @@ def test_another_base_is_refused(cut, tmp_path, capsys):
     preset = " ".join(f"--{k} {v}" for k, v in (("learning-rate", 3e-3), ("epochs", 50), ("lora-r", 16))).split()
     preset += ["--lora-dropout", "0", "--target-modules", *train.TINY_PRESET["target_modules"]]
     told = refused(capsys, *SHORT, cut, "--resume", "--model", tmp_path / "base", *preset)
-    assert told.endswith("other settings: --model; --overwrite starts over")
+    assert told.endswith("other settings: --model; give those, or --overwrite starts over")
 
 
 @pytest.mark.parametrize("name", [*train.ADAPTER, *train.STATE, "SHA256SUMS"])
@@ -483,7 +488,7 @@ def test_torchrun_and_a_mistake_that_all_its_processes_find(tmp_path):
     assert first.returncode == 0 and first.stdout.count("updates  6, each of") == 1, first.stderr
     again = torchrun(tmp_path, str(ROOT / "train.py"), *SHORT, "out")
     assert again.returncode != 0 and again.stderr.count("train.py: ") == 1, again.stderr
-    assert "train.py: error: out is not empty; --resume" in again.stderr
+    assert "train.py: error: out has a run; --resume" in again.stderr
 
 
 def test_a_process_that_fails_alone_ends_the_others_with_its_message(tmp_path):

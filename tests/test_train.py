@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 from functools import partial
 
 import pytest
@@ -247,6 +248,7 @@ def test_logged_loss_is_the_mean_over_learnt_tokens(tmp_path):
         (["--system", "\udcff"], "surrogates not allowed"),
         (["--max-length", "2000"], "this model takes at most 1024 tokens"),
         (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--learn", "1"], "unrecognized arguments: --learn 1"),
         (["--gradient-checkpointing", "most"], "invalid number of blocks value: 'most'"),
         (["--model", "\udcff"], "surrogates not allowed"),
         (["--output-dir", "bad.jsonl/out"], "bad.jsonl/out: cannot write there"),
@@ -257,6 +259,7 @@ def test_a_user_s_mistake_is_one_clear_line(tmp_path, arguments, message):
     write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "a", "output": "b"}, {"instrution": "a", "output": "b"}])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").write_text("kept")
+    (tmp_path / "out" / "metrics.jsonl").write_text("")  # as an earlier run leaves it
     write_jsonl(tmp_path / "long.jsonl", [{"instruction": "a b c d e f g", "output": "b"}])
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "no_weights").mkdir()
@@ -269,6 +272,15 @@ def test_a_user_s_mistake_is_one_clear_line(tmp_path, arguments, message):
     assert len(errors) == 1 and message in errors[0], done.stderr
     assert "Traceback" not in done.stderr
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_compiling_without_a_compiler_is_a_clear_line_before_anything_is_written(tmp_path):
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": "/nonexistent"}
+    flags = ["--compile", "--max-steps", 2, "--device", "cpu", "--output-dir", tmp_path / "out"]
+    done = run("train.py", *flags, env=os.environ | caches)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1 and "error: --compile: " in errors[0] and "leave it out" in errors[0], done.stderr
 
 
 def test_help_shows_every_default():
