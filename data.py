@@ -27,9 +27,9 @@ class DataError(ValueError):
     """What is wrong with data files: one line per fault, each with file, line or record, what, and the remedy."""
 
 
-def told(faults, most=20):
-    """One line per fault: the first of them, then a count."""
-    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
+def told(faults, where="", most=20):
+    """One line per fault: the first of them, then a count of those that are left."""
+    more = [f"{where}and {len(faults) - most} more"] if len(faults) > most else []
     return "\n".join([*faults[:most], *more])
 
 
@@ -145,7 +145,8 @@ def read_conversations(files):
     """Reads JSON lists and JSONL files of instruction records {"instruction", "input" (optional), "output"} and
     conversation records {"conversations": [{"role", "content", "metadata" (optional)}, …]}, told apart by content.
 
-    → [(place, messages)], place being "file:line" or "file: record N". Raises DataError with the faults of all files.
+    → [(place, messages)], place being "file:line" or "file: record N". Raises DataError with the faults of all files,
+    the first 20 of each.
     """
     return [(place, messages) for place, _, messages in read_records(files)]
 
@@ -155,16 +156,18 @@ def read_records(files, prompts=False):
     needed; the messages are those before the last answer, if there is one."""
     records, faults = [], []
     for file in map(Path, files):
-        before = len(records) + len(faults)
+        found, wrong = [], []
         for place, record, fault in _records(file):
-            found = [fault] if fault else []
+            here = [fault] if fault else []
             if not fault:
-                records.append((place, record, _messages(record, found, prompts)))
-            faults += [f"{place}: {what}" for what in found]
-        if len(records) + len(faults) == before:
-            faults.append(f"{file}: the file is empty: it has no records")
+                found.append((place, record, _messages(record, here, prompts)))
+            wrong += [f"{place}: {what}" for what in here]
+        if not found and not wrong:
+            wrong = [f"{file}: the file is empty: it has no records"]
+        records += found
+        faults += [told(wrong, f"{file}: ")] if wrong else []
     if faults:
-        raise DataError(told(faults))
+        raise DataError("\n".join(faults))
     return records
 
 

@@ -339,8 +339,7 @@ def test_a_data_file_gives_conversations_or_faults_with_their_place(tmp_path, ra
             found = data.read_records([file], prompts)
     except data.DataError as error:
         lines = str(error).split("\n")
-        assert all(line.startswith(str(file)) and line.isprintable() for line in lines[:20])
-        assert not lines[20:] or re.fullmatch(r"and \d+ more", *lines[20:])
+        assert len(lines) <= 21 and all(line.startswith(str(file)) and line.isprintable() for line in lines)
         return
     assert found
     for place, record, messages in found:
