@@ -322,8 +322,7 @@ class ConversationDataset(Dataset):
     At most `max_length` tokens of a sample are kept, prompt and answer together: `cut` counts the samples that lost
     their end (a cut answer has no end token, so the model doesn't learn to stop there), `dropped` those with nothing
     left to learn. `shared` is how many tokens all samples begin with, mostly those of the system message, rounded down to
-    a multiple of 8.
-    Raises DataError (see read_conversations), also if no sample remains.
+    a multiple of 8. Raises DataError (see read_conversations), also if no sample remains.
     """
 
     def __init__(self, files, tokenizer, max_length, system=None):
@@ -341,7 +340,8 @@ class ConversationDataset(Dataset):
             raise DataError(f"no sample has a token to learn within {max_length} tokens; raise --max-length")
         self.lengths = [sample.shape[1] for sample in self.samples]
         self.supervised = sum(int((sample[1] != IGNORE).sum()) for sample in self.samples)
-        starts = torch.stack([sample[0, : min(self.lengths) - 1] for sample in self.samples])
+        shortest = min(self.lengths)
+        starts = torch.stack([sample[0, : shortest - 1] for sample in self.samples])
         same = int((starts == starts[0]).all(0).cumprod(0).sum())  # tokens that all begin with
         self.shared = same - same % 8  # tensor cores want multiples of 8
         self.digest = hashlib.sha256(b"".join(sample.numpy().tobytes() for sample in self.samples)).hexdigest()
@@ -368,11 +368,10 @@ def collate(samples, shared=0):
     input_ids = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _ in samples])
     # The shift: position t predicts token t + 1.
     labels = torch.stack([F.pad(labels[1:], (0, length - len(labels) + 1), value=IGNORE) for _, labels in samples])
+    # Where each token of [B, T] stands among those that are computed.
     index = torch.arange(shared + len(samples) * (length - shared))
     rows = index[shared:].view(len(samples), -1)
-    index = torch.cat(
-        (index[:shared].expand(len(samples), -1), rows), dim=1
-    )  # [B, T]: of each token among those computed
+    index = torch.cat((index[:shared].expand(len(samples), -1), rows), dim=1)
     supervised = labels != IGNORE
     fill = (0, -int(supervised.sum()) % 128)
     return {

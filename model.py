@@ -8,9 +8,8 @@ Shapes: B batch, T tokens, C hidden size, H query heads, G key/value groups, D c
 
 import logging
 
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # before peft imports it: it would ask for a package nobody needs
+# Before peft imports it: it would ask for a package that nobody needs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import argparse
 import difflib
@@ -80,8 +79,7 @@ class ChatGLMConfig(PretrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """Raises ValueError for a key of the shape that is missing, a value of the wrong kind, another architecture."""
         names = [name for name in cls.__annotations__ if isinstance(getattr(cls, name), int | float)]
-        for name in names:
-            wanted = getattr(cls, name)
+        for name, wanted in ({name: getattr(cls, name) for name in names} | FIXED).items():
             if type(wanted) is int and name not in config_dict:
                 raise ValueError(f"config.json is not there, or has no {name}")
             value = config_dict.get(name, wanted)
@@ -91,9 +89,8 @@ class ChatGLMConfig(PretrainedConfig):
             most = 1000 if name == "num_layers" else 2**24  # nothing true is near; a network of that size is not built
             if (type(wanted) is int or name in ("layernorm_epsilon", "rope_ratio")) and not 0 < value < most:
                 raise ValueError(f"config.json: {name} is {value!r}; it must be more than 0 and less than {most}")
-        for name, wanted in FIXED.items():
-            if config_dict.get(name, wanted) != wanted:
-                raise ValueError(f"config.json: {name} is {config_dict[name]!r}; ChatGLM3 needs {wanted!r}")
+            if name in FIXED and value != wanted:
+                raise ValueError(f"config.json: {name} is {value!r}; ChatGLM3 needs {wanted!r}")
         for name, divisor in (("num_attention_heads", config_dict["multi_query_group_num"]), ("kv_channels", 4)):
             if config_dict[name] % divisor:
                 raise ValueError(f"config.json: {name} is {config_dict[name]}; it must be a multiple of {divisor}")

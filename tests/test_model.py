@@ -134,6 +134,7 @@ def test_damaged_and_absent_files_are_refused(checkpoint):
     [
         ({"rmsnorm": False}, "rmsnorm is False; ChatGLM3 needs True"),
         ({"hidden_size": None}, "hidden_size is None, not a int"),
+        ({"rmsnorm": 1}, "rmsnorm is 1, not a bool"),
         ({"num_layers": "3"}, "num_layers is '3', not a int"),
         ({"kv_channels": 0}, "kv_channels is 0; it must be more than 0"),
         ({"rope_ratio": "50"}, "rope_ratio is '50', not a float"),
