@@ -149,17 +149,20 @@ def micro_step(model, scaler, prefix, input_ids, positions, targets, supervised)
 
 
 class CUDAGraphs:
-    """micro_step, captured once for each shape of micro-batch and then replayed: one launch instead of thousands, which
-    small batches otherwise wait for. All share one pool of memory; shapes after the first `most` are not captured."""
+    """micro_step in CUDA graphs: one launch instead of thousands, which small batches otherwise wait for. A shape of
+    micro-batch is launched as it is the first time, captured the second time, and then replayed. All share one pool of
+    memory; shapes after the first `most` are not captured."""
 
-    def __init__(self, step, params, most=96):
-        self.step, self.params, self.most = step, params, most
-        self.graphs, self.pool, self.stream = {}, torch.cuda.MemPool(), torch.cuda.Stream()
+    def __init__(self, step, most=96):
+        self.step, self.most = step, most
+        self.seen, self.graphs = set(), {}
+        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
 
     def __call__(self, *batch):
         shapes = tuple(tensor.shape for tensor in batch)
         if shapes not in self.graphs:
-            if len(self.graphs) == self.most:
+            if shapes not in self.seen or len(self.graphs) == self.most:
+                self.seen.add(shapes)
                 return self.launch(batch)
             self.graphs[shapes] = self.capture(batch)
         graph, inputs, loss = self.graphs[shapes]
@@ -169,7 +172,7 @@ class CUDAGraphs:
         return loss.clone()
 
     def launch(self, batch):
-        """The step itself, in the graphs' memory."""
+        """The step itself, in the graphs' memory. It compiles, loads kernels and makes gradients, which can't be captured."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             loss = self.step(*batch)
@@ -178,15 +181,9 @@ class CUDAGraphs:
 
     def capture(self, batch):
         inputs = [tensor.clone() for tensor in batch]
-        grads = [None if p.grad is None else p.grad.clone() for p in self.params]
-        random_state = torch.cuda.get_rng_state()
-        self.launch(inputs)  # compiles, loads kernels and creates the gradients, which can't be captured
-        torch.cuda.set_rng_state(random_state)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
             loss = self.step(*inputs)
-        for param, grad in zip(self.params, grads, strict=True):  # as they were before
-            param.grad.zero_() if grad is None else param.grad.copy_(grad)
         return graph, inputs, loss
 
 
@@ -290,7 +287,7 @@ def make_step(args, model, scaler, dataset):
             raise ValueError(
                 "--cuda-graphs can't replay checkpointed or quantised blocks, or dropout on the output layer; leave one out"
             )
-        return CUDAGraphs(step, params) if capturable and args.cuda_graphs is not False else step
+        return CUDAGraphs(step) if capturable and args.cuda_graphs is not False else step
 
     longest = [tensor.to(model.device) for tensor in longest_batch(dataset, args.batch_size).values()]
 
@@ -302,7 +299,8 @@ def make_step(args, model, scaler, dataset):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
-            chosen(*longest, torch.ones((), device=model.device))
+            for _ in range(2):  # the second time it is captured, if it is
+                chosen(*longest, torch.ones((), device=model.device))
             return True
         except torch.OutOfMemoryError:
             chosen = None  # frees what it holds
