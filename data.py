@@ -28,9 +28,9 @@ class DataError(ValueError):
 
 
 def told(faults, where="", most=20):
-    """One line per fault: the first of them, then a count of those that are left."""
+    """One line per fault, cut where it quotes something endless: the first of them, then a count of those that are left."""
     more = [f"{where}and {len(faults) - most} more"] if len(faults) > most else []
-    return "\n".join([*faults[:most], *more])
+    return "\n".join([*(fault if len(fault) <= 1000 else f"{fault[:1000]}…" for fault in faults[:most]), *more])
 
 
 # --- tokenizer and prompt ---------------------------------------------------------------------------------------------
@@ -174,6 +174,8 @@ def read_records(files, prompts=False):
 def _records(path):
     """Yields (place, record, None), or (place, None, fault) for what can't be read."""
     try:
+        if path.is_char_device():  # /dev/zero has no end
+            raise OSError("not a file")
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         yield str(path), None, f"{error.strerror or error}; check the path"
@@ -204,7 +206,7 @@ def _parse(text):
     try:
         return json.loads(text), 1, None
     except json.JSONDecodeError as error:
-        return None, error.lineno, f"not JSON ({error.msg} at column {error.colno})"
+        return None, error.lineno, f"not JSON ({error.msg} at column {error.colno}); give a JSON list, or JSONL"
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         return None, 1, f"not usable JSON ({error})"
 

@@ -409,7 +409,7 @@ def unanswered(args):
     if not Path(args.output).absolute().parent.is_dir():
         raise ValueError(f"{args.output}: there is no such directory; make it first")
     there = args.output if Path(args.output).exists() else Path(args.output).absolute().parent
-    if Path(args.output).is_dir() or not os.access(there, os.W_OK):
+    if Path(args.output).exists() != Path(args.output).is_file() or not os.access(there, os.W_OK):
         raise ValueError(f"{args.output}: cannot write there; choose another --output")
 
     def key(record):
@@ -457,6 +457,7 @@ def batch(args, decoder, tokenizer, system, left, done, end):
     interval = 0.1 if sys.stderr.isatty() else 10
     bar = tqdm(total=done + len(left), initial=done, unit="answer", dynamic_ncols=True, mininterval=interval)
     with open(args.output, "ab") as file, bar:
+        chatglm.lock(file, args.output)
         file.truncate(end)
         for start in range(0, len(jobs), args.batch_size):
             prompts, records = zip(*jobs[start : start + args.batch_size], strict=True)

@@ -13,6 +13,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import argparse
 import difflib
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -426,6 +427,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         shown = action.default is not None and action.default is not False
         return super()._get_help_string(action) if shown else action.help
+
+
+def lock(file, path):
+    """Locks an open file or directory until it is closed. Raises ValueError if another process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path}: another process is writing there; wait until it ends") from None
+    except OSError:  # this file system has no locks
+        pass
 
 
 def _first(faults, most=3):

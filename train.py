@@ -20,7 +20,7 @@ import textwrap
 import time
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def parse_args(argv=None):
         nargs="?",
         const="newest",
         metavar="CHECKPOINT",
-        help="continue the run in --output-dir from its newest checkpoint, or from the one named",
+        help="continue the run in --output-dir from its newest checkpoint, or from the one named; without any, start it",
     )
     add("--overwrite", action="store_true", help="start over where --output-dir is not empty; deletes the run there")
 
@@ -506,7 +506,6 @@ def resume(checkpoint, run, total_steps, optimizer, scaler):
 
 def start_writing(output_dir, checkpoint):
     """→ the lines of metrics.jsonl up to `checkpoint`. Without one, what an earlier run left is removed."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     for part in unfinished(output_dir):
         shutil.rmtree(part)
     if not checkpoint:
@@ -526,6 +525,18 @@ def last_intact(output_dir, disk):
 
 
 @contextmanager
+def alone(output_dir):
+    """Makes `output_dir`, and keeps other runs from writing to it. Raises ValueError if one does."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    try:
+        chatglm.lock(descriptor, output_dir)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def writing(output_dir, disk):
     """Turns the error of a full or lost disk into one that names the checkpoint to resume from."""
     try:
@@ -534,7 +545,9 @@ def writing(output_dir, disk):
         checkpoint = last_intact(output_dir, disk)
         for part in unfinished(output_dir):
             shutil.rmtree(part, ignore_errors=True)
-        rest = f"--resume continues from {checkpoint}, which is intact" if checkpoint else "there is no checkpoint yet"
+        rest = "there is no checkpoint yet"
+        if checkpoint:
+            rest = f"once that is mended, --resume continues from {checkpoint}, which is intact"
         raise OSError(f"{output_dir}: cannot write: {error.strerror or error}; {rest}") from error
 
 
@@ -589,21 +602,22 @@ def set_up(args):
     """→ (peft model, tokenizer, dataset, run_identity, the checkpoint to resume from or None). Every mistake of the user's is
     found here, before anything is written: raises ValueError or OSError with a message for them."""
     for text in (args.output_dir, args.system or "", args.model or "", *args.data):
-        text.encode()  # they are kept or printed: UnicodeEncodeError, a ValueError, for bytes that are not UTF-8
+        if re.search("[\ud800-\udfff]", text):  # they are kept or printed
+            raise ValueError(f"{chatglm.printable(text)}: not UTF-8")
     output_dir = Path(args.output_dir)
     there = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
     if not args.output_dir or not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{args.output_dir}: cannot write there; choose another --output-dir")
-    if args.resume and args.overwrite:
+        raise ValueError(f"--output-dir {args.output_dir}: cannot write there; choose another")
+    if args.resume is not None and args.overwrite:
         raise ValueError("--resume continues a run, --overwrite starts it over: leave one of the two out")
     if output_dir.exists() and any(output_dir.iterdir()):
         if not (output_dir / "metrics.jsonl").exists() and not checkpoints(output_dir):
             raise ValueError(f"{output_dir} is not empty, and has no run of train.py; choose another --output-dir")
-        if not args.resume and not args.overwrite:
+        if args.resume is None and not args.overwrite:
             raise ValueError(f"{output_dir} has a run; --resume continues it, --overwrite starts over")
     if others := set(output_dir.glob("checkpoint-*")) - {*checkpoints(output_dir), *unfinished(output_dir)}:
-        raise ValueError(f"{min(others)} is not a checkpoint of train.py; choose another --output-dir")
-    checkpoint = find_checkpoint(output_dir, args.resume) if args.resume else None
+        raise ValueError(f"{min(others)} is not a checkpoint of train.py; move it away, or choose another --output-dir")
+    checkpoint = find_checkpoint(output_dir, args.resume) if args.resume is not None else None
     path = chatglm.find_model(args.model)
     tokenizer = data.ChatGLMTokenizer(path)
     dataset = data.ConversationDataset(args.data, tokenizer, args.max_length, args.system)
@@ -714,7 +728,7 @@ def train(args):
     window_started = started
 
     rest = itertools.islice(updates(dataset, args, device, progress["step"]), total_steps - progress["step"])
-    with bar, writing(output_dir, disk):
+    with bar, writing(output_dir, disk), alone(output_dir) if rank == 0 else nullcontext():
         metrics = start_writing(output_dir, checkpoint) if rank == 0 else b""
         for step, (epoch, micro_batches, counts) in enumerate(rest, progress["step"] + 1):
             lr = learning_rate(step - 1, total_steps, args.learning_rate, args.warmup_steps, args.lr_schedule)

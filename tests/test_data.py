@@ -155,6 +155,7 @@ FAULTS = [
     (talk(A), ":1: message 1: wrong order of roles: assistant after the start; expected system or user"),
     (talk(Q, A, ("system", "s")), ":1: message 3: wrong order of roles: system after assistant"),
     (talk(("human", "q"), A), ":1: message 1: unknown role 'human'; roles are system, user, assistant, observation"),
+    (talk(("h" * 2_000_000, "q"), A), ":1: message 1: unknown role 'hhh"),
     (talk(Q, ("assistant", "")), ":1: message 2: empty answer"),
     (talk(("user", " "), A), ":1: message 1: empty question"),
     (talk(Q, A, metadata="a\nb"), ":1: message 1: 'metadata' must be one line"),
@@ -175,7 +176,8 @@ def test_faults_are_told_with_their_place(tmp_path, content, fault):
         return
     with pytest.raises(data.DataError) as error:
         data.read_conversations([file])
-    assert str(error.value).startswith(f"{file}{fault}") and "\n" not in str(error.value)
+    told = str(error.value)
+    assert told.startswith(f"{file}{fault}") and "\n" not in told and len(told) < 1500
 
 
 def test_unreadable_files(tmp_path):

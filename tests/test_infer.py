@@ -623,17 +623,26 @@ def test_metadata_of_a_prediction_is_kept(answer_files, monkeypatch, tokenizer):
         ([Q], '{"important": "notes"}', "out.jsonl: its last line is not one that infer.py wrote"),
         ([Q], None, "nowhere/out.jsonl: there is no such directory"),
         ([Q], None, "/: cannot write there; choose another --output"),
+        ([Q], None, "/dev/zero: cannot write there; choose another --output"),
     ],
 )
 def test_a_mistake_in_batch_files_changes_nothing(answer_files, tmp_path, records, there, message):
-    out = "nowhere/out.jsonl" if "nowhere" in message else "/" if message.startswith("/:") else "out.jsonl"
+    out = "nowhere/out.jsonl" if "nowhere" in message else message.split(":")[0] if message[0] == "/" else "out.jsonl"
     if there:
         (tmp_path / out).write_text(there)
     _, err, code = answer_files(*records, out=out)
     assert code == 2 and message in err and err.count("error: ") == 1
-    assert (tmp_path / out).exists() == bool(there or out == "/") and (
+    assert (tmp_path / out).exists() == bool(there or message[0] == "/") and (
         not there or (tmp_path / out).read_text() == there
     )
+
+
+def test_two_batches_never_write_to_one_file(answer_files, tmp_path):
+    with open(tmp_path / "out.jsonl", "ab") as file:
+        chatglm.lock(file, "out.jsonl")
+        _, err, code = answer_files(Q)
+    assert code == 2 and "out.jsonl: another process is writing there" in err
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
 def test_the_answers_do_not_replace_the_questions(answer_files, tmp_path):

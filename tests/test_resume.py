@@ -181,6 +181,15 @@ def refused(capsys, *arguments):
     return errors[0]
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_two_runs_never_write_to_one_directory(done, tmp_path, capsys, flag):
+    out = shutil.copytree(done, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with train.alone(out):
+        assert "out: another process is writing there" in refused(capsys, *SHORT, out, flag)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_a_directory_with_a_run_is_not_written_to_unasked(done, tmp_path, capsys):
     assert "has a run; --resume continues it, --overwrite starts over" in refused(capsys, *SHORT, done)
     assert "leave one of the two out" in refused(capsys, *SHORT, done, "--resume", "--overwrite")
@@ -261,7 +270,7 @@ def test_another_program_s_run_is_not_touched(tmp_path, capsys):
     (tmp_path / "out" / "metrics.jsonl").write_text("")
     for flag in ("--overwrite", "--resume"):
         told = refused(capsys, *SHORT, tmp_path / "out", flag)
-        assert "checkpoint-2 is not a checkpoint of train.py; choose another --output-dir" in told
+        assert "checkpoint-2 is not a checkpoint of train.py; move it away" in told
     own.rename(tmp_path / "out" / "results")
     assert "has no intact checkpoint to resume from" in refused(capsys, *SHORT, tmp_path / "out", "--resume")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "results"]
@@ -382,7 +391,7 @@ def test_a_disk_that_is_full_when_a_run_is_resumed(tmp_path, capsys, done):
                 pass
         os.truncate(disk / "filler", (disk / "filler").stat().st_size - 4096)
         told = refused(capsys, *SHORT, disk / "out", "--resume")
-        assert "cannot write: No space left on device; --resume continues from" in told
+        assert "cannot write: No space left on device; once that is mended, --resume continues from" in told
         (disk / "filler").unlink()
         train.main([*SHORT, str(disk / "out"), "--resume"])
         assert len((disk / "out" / "metrics.jsonl").read_bytes()) > 10_000
@@ -403,7 +412,7 @@ def test_a_limit_on_the_size_of_files(tmp_path):
 def test_a_read_only_directory_is_told_before_training(tmp_path, capsys):
     disk = mounted(tmp_path / "disk", "ro")
     try:
-        assert "cannot write there; choose another --output-dir" in refused(capsys, *SHORT, disk / "out")
+        assert "cannot write there; choose another" in refused(capsys, *SHORT, disk / "out")
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
 

@@ -245,13 +245,15 @@ def test_logged_loss_is_the_mean_over_learnt_tokens(tmp_path):
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--seed", "9" * 30], "must be between 0 and"),
         (["--lora-r", "1.5"], "invalid whole number value: '1.5'"),
-        (["--system", "\udcff"], "surrogates not allowed"),
+        (["--system", "\udcff"], "'\\udcff': not UTF-8"),
         (["--max-length", "2000"], "this model takes at most 1024 tokens"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--learn", "1"], "unrecognized arguments: --learn 1"),
         (["--gradient-checkpointing", "most"], "invalid number of blocks value: 'most'"),
-        (["--model", "\udcff"], "surrogates not allowed"),
+        (["--model", "\udcff"], "'\\udcff': not UTF-8"),
         (["--output-dir", "bad.jsonl/out"], "bad.jsonl/out: cannot write there"),
+        (["--output-dir", ""], "--output-dir : cannot write there"),
+        (["--data", "/dev/zero"], "/dev/zero: not a file; check the path"),
     ]
     + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "PyTorch finds no CUDA device here")]),
 )
