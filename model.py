@@ -500,8 +500,11 @@ def add_lora(model, r, alpha, dropout, target_modules, modules_to_save=None):
     """Freezes `model` and wraps it with new LoRA layers → peft.PeftModel.
 
     target_modules: a list of module names, or one regular expression (a str) that whole module paths match;
-    modules_to_save: names of modules to train whole. Raises ValueError for a name that matches no module.
+    modules_to_save: names of modules to train whole. Raises ValueError for a name that matches no module, and for what
+    load_adapter would not take.
     """
+    if isinstance(target_modules, str):
+        _check_pattern(target_modules)
     modules = dict(model.named_modules())
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
     for wanted in [*targets, *(modules_to_save or [])]:
@@ -529,7 +532,11 @@ def add_lora(model, r, alpha, dropout, target_modules, modules_to_save=None):
         target_modules=target_modules,
         modules_to_save=modules_to_save,
     )
-    return _trainable_in_fp32(get_peft_model(model, config))
+    peft_model = _trainable_in_fp32(get_peft_model(model, config))
+    largest = _largest_rank(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    if r > largest:
+        raise ValueError(f"LoRA's rank {r} is more than its layers have, {largest}")
+    return peft_model
 
 
 def _trainable_in_fp32(peft_model):
@@ -604,8 +611,7 @@ def _lora_config(given, largest_rank):
         if not isinstance(value, PLAIN_LORA[name]):
             raise ValueError(f"{name} is {value!r}")
         if name == "target_modules" and isinstance(value, str):  # a regular expression for whole paths
-            if len(re.findall(r"[*+?{]", value)) > 3 or re.search(r"\)[*+?{]", value):
-                raise ValueError(f"target_modules repeats too much: {value!r}")
+            _check_pattern(value)
         elif isinstance(value, list | dict | str):
             for part in value if isinstance(value, list | dict) else [value]:
                 if not isinstance(part, str | int) or not re.fullmatch(r"[-\w.^$\\]+", str(part)):
@@ -613,6 +619,16 @@ def _lora_config(given, largest_rank):
     if max([kept.get("r", known["r"]), *kept.get("rank_pattern", {}).values()]) > largest_rank:
         raise ValueError(f"its rank is not that of its tensors, {largest_rank}")
     return LoraConfig(task_type="CAUSAL_LM", **kept)
+
+
+def _check_pattern(pattern):
+    """Raises ValueError for a regular expression that could take forever."""
+    if len(re.findall(r"[*+?{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):
+        raise ValueError(f"target modules {pattern!r}: at most three of * + ? {{, and none of them after a bracket")
+
+
+def _largest_rank(state):
+    return max(min(tensor.shape, default=0) for tensor in [torch.zeros(0), *state.values()])
 
 
 def load_adapter(model, adapter_dir, is_trainable=False):
@@ -632,7 +648,7 @@ def load_adapter(model, adapter_dir, is_trainable=False):
         if not isinstance(state, dict) or not all(torch.is_tensor(t) and t.is_floating_point() for t in state.values()):
             raise ValueError(f"{file.name} holds other things than tensors of floating-point numbers")
         given = json.loads((directory / "adapter_config.json").read_text("utf-8"))
-        config = _lora_config(given, max(min(tensor.shape, default=0) for tensor in [torch.zeros(0), *state.values()]))
+        config = _lora_config(given, _largest_rank(state))
         config.inference_mode = not is_trainable
         config.base_model_name_or_path = model.name_or_path
         peft_model = _trainable_in_fp32(get_peft_model(model, config))  # first: what was fp32 must not be rounded

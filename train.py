@@ -1,6 +1,6 @@
 """Fine-tunes ChatGLM3 with LoRA: one visible loop.
 
-python train.py                                                              # a built-in tiny model, under a minute
+python train.py                                                              # a built-in tiny model, about a minute
 python train.py --model THUDM/chatglm3-6b --data huanhuan.json --system "…"  # the real job
 """
 
@@ -263,12 +263,12 @@ def longest_batch(dataset, batch_size):
     return data.collate([(input_ids, labels)] * min(batch_size, len(dataset)), dataset.shared)
 
 
-def make_step(args, model, scaler, dataset):
+def make_step(args, model, scaler, optimizer, dataset, checkpointed=None):
     """micro_step for `model`, with the fast paths that `args` asks for around it. On CUDA it has run on the longest
     micro-batch that can occur, so that memory doesn't run out later; --gradient-checkpointing auto takes the fewest blocks
-    that fit. Raises ValueError for what can't be had, or doesn't fit."""
+    that fit, or `checkpointed`. Raises ValueError for what can't be had, or doesn't fit."""
     encoder, cuda = model.transformer.encoder, model.device.type == "cuda"
-    layers, wanted = len(encoder.layers), args.gradient_checkpointing
+    layers, wanted = len(encoder.layers), args.gradient_checkpointing if checkpointed is None else checkpointed
     if args.cuda_graphs and not cuda:
         raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
     for module in model.modules():
@@ -290,6 +290,10 @@ def make_step(args, model, scaler, dataset):
         return CUDAGraphs(step) if capturable and args.cuda_graphs is not False else step
 
     longest = [tensor.to(model.device) for tensor in longest_batch(dataset, args.batch_size).values()]
+    longest.append(torch.ones((), device=model.device))
+    # Training holds more than the trial: AdamW's moments, where there are none yet, and what add_up sends.
+    copies = 2 * (not optimizer.state) + (processes()[1] > 1)
+    held = [torch.empty_like(p) for p in params for _ in range(copies)]
 
     def fits(checkpointed):
         nonlocal chosen
@@ -299,8 +303,10 @@ def make_step(args, model, scaler, dataset):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
-            for _ in range(2):  # the second time it is captured, if it is
-                chosen(*longest, torch.ones((), device=model.device))
+            chosen(*longest)
+            if isinstance(chosen, CUDAGraphs):
+                chosen(*longest)  # captured
+                chosen.launch(longest)  # as another shape will be, beside what the graph holds
             return True
         except torch.OutOfMemoryError:
             chosen = None  # frees what it holds
@@ -313,14 +319,14 @@ def make_step(args, model, scaler, dataset):
     size = f"{min(args.batch_size, len(dataset))} × {max(dataset.lengths)} tokens"
     fewest = min({"all": layers, "off": 0, "auto": 0}.get(wanted, wanted), layers)
     if not fits(fewest):
-        fewest = bisect_left(range(layers + 1), True, lo=1, key=fits) if wanted == "auto" else layers + 1
-        if fewest > layers:
+        auto = wanted == "auto" and not args.cuda_graphs
+        fewest = bisect_left(range(layers + 1), True, lo=1, key=fits) if auto else layers + 1
+        if fewest > layers or not fits(fewest):
             raise ValueError(
                 f"out of memory on the longest micro-batch, {size}; try a smaller --batch-size (with more "
-                "--gradient-accumulation-steps the result is the same), --gradient-checkpointing all, --load-in 4bit, or a "
+                "--gradient-accumulation-steps the update is the same), --gradient-checkpointing all, --load-in 4bit, or a "
                 "smaller --max-length"
             )
-        fits(fewest)
     took = time.perf_counter() - started
     if cuda:
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -328,6 +334,7 @@ def make_step(args, model, scaler, dataset):
         print(f"{fewest} of {layers} blocks checkpointed (tried in {took:.1f} s)")
     elif args.compile:
         print(f"compiled in {took:.1f} s")
+    del held
     for param in params:  # the trial left gradients, in the tensors that a graph adds to
         param.grad = torch.zeros_like(param) if param.grad is None else param.grad.zero_()
     return chosen
@@ -339,7 +346,7 @@ ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "training_args.js
 STATE = ("training_state.safetensors", "training_state.json", "metrics.jsonl")
 WHOLE = ADAPTER + STATE  # what SHA256SUMS lists
 # How far a run is. loss, supervised and tokens are sums since the last line of metrics.
-START = {"step": 0, "loss": 0.0, "supervised": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
+START = {"step": 0, "loss": 0.0, "supervised": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0, "checkpointed": 0}
 # Arguments that may change when a run is resumed: they don't affect the result, or run_identity has them in another form.
 FREE = "model base data device dtype batch_size gradient_accumulation_steps output_dir save_steps keep_checkpoints resume overwrite"
 
@@ -439,7 +446,11 @@ def remove(checkpoint):
     gone = checkpoint.with_name(f"{checkpoint.name}.old.part")
     shutil.rmtree(gone, ignore_errors=True)
     checkpoint.rename(gone)
-    gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
+    delete(gone)
+
+
+def delete(path):
+    path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
 def is_intact(checkpoint):
@@ -507,7 +518,7 @@ def resume(checkpoint, run, total_steps, optimizer, scaler):
 def start_writing(output_dir, checkpoint):
     """→ the lines of metrics.jsonl up to `checkpoint`. Without one, what an earlier run left is removed."""
     for part in unfinished(output_dir):
-        shutil.rmtree(part)
+        delete(part)
     if not checkpoint:
         for old in checkpoints(output_dir):
             remove(old)
@@ -565,6 +576,7 @@ def start_processes(args):
             raise ValueError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs there are")
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.all_reduce(torch.zeros((), device="cuda" if cuda else "cpu"))  # NCCL takes its memory before make_step tries
     if dist.get_rank():  # only the first process prints
         sys.stdout = open(os.devnull, "w")
 
@@ -711,7 +723,9 @@ def train(args):
     if checkpoint:
         progress = resume(checkpoint, run, total_steps, optimizer, scaler)
         print(f"resumed  {checkpoint}, {progress['step']:,} of {total_steps:,} updates done")
-    step_fn = make_step(args, model, scaler, dataset)
+    checkpointed = progress["checkpointed"] if checkpoint else None  # auto is decided once a run
+    step_fn = make_step(args, model, scaler, optimizer, dataset, checkpointed)
+    progress["checkpointed"] = model.transformer.encoder.checkpointed_layers
     if dist.is_initialized():  # nothing is written before every process got here
         everyone = [None] * size
         dist.all_gather_object(everyone, (run, progress["step"]))
@@ -785,7 +799,13 @@ def train(args):
             if stop:
                 if dist.is_initialized():
                     dist.barrier()  # the first that is gone makes torchrun end the others
-                print(f"stopped  after update {step}; --resume continues from {output_dir}/checkpoint-{step}")
+                try:
+                    print(
+                        f"stopped  after update {step}; --resume continues from {output_dir}/checkpoint-{step}",
+                        flush=True,
+                    )
+                except OSError:  # nor may the reader of stdout be there
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(128 + stop)
         if rank == 0:
             write_result(output_dir, adapter_files(peft_model, args))

@@ -146,10 +146,12 @@ def test_an_update_never_waits_for_the_device(graphs):
 
 
 @cuda
+@pytest.mark.parametrize("flags", [[], ["--system", "Be brief, and kind to all who ask."]])  # which is a prefix
 @pytest.mark.parametrize("dropout", [0.0, 0.1])  # a run that is resumed launches what an undisturbed one replays
-def test_graph_replay_is_bit_equal_to_eager(tmp_path, dropout):
-    eager = run_training(tmp_path / "eager", "--lora-dropout", dropout, "--no-cuda-graphs", device="cuda")
-    graphs = run_training(tmp_path / "graphs", "--lora-dropout", dropout, "--cuda-graphs", device="cuda")
+def test_graph_replay_is_bit_equal_to_eager(tmp_path, flags, dropout):
+    flags = ["--lora-dropout", dropout, *flags]
+    eager = run_training(tmp_path / "eager", *flags, "--no-cuda-graphs", device="cuda")
+    graphs = run_training(tmp_path / "graphs", *flags, "--cuda-graphs", device="cuda")
     assert torch.equal(graphs[0], eager[0]) and graphs[1] == eager[1]
 
 
@@ -163,14 +165,60 @@ def test_compiled_graphs_follow_eager(tmp_path):
 
 
 @cuda
-@pytest.mark.parametrize("flags", [[], ["--compile"]])
-def test_dropout_differs_from_replay_to_replay(tmp_path, flags):
-    file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "a", "output": "b c d"}] * 8)
-    common = ["--data", file, "--lora-dropout", 0.5, "--cuda-graphs", *flags]
-    losses, _ = run_training(tmp_path / "out", *common, "--learning-rate", 1e-3, device="cuda")
-    assert len(set(losses.diff().tolist())) > 10
-    untrained, _ = run_training(tmp_path / "still", *common, "--learning-rate", 0, device="cuda")
-    assert len(set(untrained.tolist())) == 1  # B is zero: dropout on LoRA's input changes nothing yet
+@pytest.mark.parametrize("compiled", [False, True])
+def test_replays_are_bit_equal_to_launches_and_draw_dropout_anew(compiled):
+    """Micro-batches of three shapes, of which two may be captured: losses and gradients, LoRA's B not being zero."""
+    model = chatglm.add_lora(chatglm.load_model(chatglm.tiny_model(), "cuda"), 8, 32, 0.5, ["query_key_value"])
+    network, params = model.train().get_base_model(), [p for p in model.parameters() if p.requires_grad]
+    if compiled:
+        for layer in network.transformer.encoder.layers:
+            layer.compile(dynamic=True)
+    torch.manual_seed(0)
+    for param in params:
+        torch.nn.init.normal_(param, std=0.1)
+    step = partial(train.micro_step, network, torch.amp.GradScaler("cuda"))
+    batches = [data.collate(random_samples([n, n + 9], 1400)).values() for n in (20, 40, 60)]
+    results = []
+    for each in (step, train.CUDAGraphs(step, most=2)):
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        torch.manual_seed(0)
+        losses = [
+            [each(*(t.cuda() for t in batch), torch.ones((), device="cuda")) for batch in batches] for _ in range(5)
+        ]
+        results.append([torch.tensor(losses), *(param.grad.clone() for param in params)])
+    assert len(each.graphs) == 2
+    for launched, replayed in zip(*results, strict=True):
+        assert torch.equal(launched, replayed)
+    assert all(len(set(column)) == 5 for column in results[1][0].T.tolist())
+
+
+@pytest.mark.parametrize("needed", [0, 1, 3, 4, 5])
+def test_auto_takes_as_few_blocks_as_fit(base, monkeypatch, needed):
+    """A stand-in for the micro-step that runs out of memory until `needed` of the 4 blocks are checkpointed."""
+    tried = []
+
+    def step(model, *rest):
+        tried.append(model.transformer.encoder.checkpointed_layers)
+        if tried[-1] < needed:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(train, "micro_step", step)
+    model = chatglm.add_lora(chatglm.load_model(chatglm.tiny_model(), "cpu"), 8, 32, 0.1, ["query_key_value"])
+    network, optimizer = model.get_base_model(), torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    args, scaler = train.parse_args(["--compile"]), torch.amp.GradScaler(enabled=False)
+    dataset = data.ConversationDataset([data.SAMPLE], data.ChatGLMTokenizer(chatglm.TINY), 512)
+    if needed > 4:
+        with pytest.raises(ValueError, match="out of memory on the longest micro-batch"):
+            train.make_step(args, network, scaler, optimizer, dataset)
+        return
+    train.make_step(args, network, scaler, optimizer, dataset)
+    assert network.transformer.encoder.checkpointed_layers == needed == tried[-1]
+    train.make_step(args, network, scaler, optimizer, dataset, checkpointed=4)  # as a run that is resumed had it
+    assert tried[-1] == 4
+    if needed:
+        with pytest.raises(ValueError, match="out of memory"):
+            train.make_step(args, network, scaler, optimizer, dataset, checkpointed=needed - 1)
 
 
 @cuda

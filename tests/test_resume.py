@@ -26,7 +26,8 @@ RUN = (
     "--max-steps 30 --save-steps 2 --logging-steps 3 --batch-size 3 --gradient-accumulation-steps 2 --lora-dropout 0.1"
     # 119 samples: the second epoch begins at update 21
 )
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+CUDA = [pytest.param("cuda", graphs, marks=needs_cuda) for graphs in ("--no-cuda-graphs", "--cuda-graphs")]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,9 @@ def outcome(directory):
     return [file.read_bytes() for file in [*files, *(last / name for name in train.STATE)]]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device):
-    arguments = [*RUN.split(), "--device", device, "--no-cuda-graphs", "--output-dir"]
+@pytest.mark.parametrize("device, graphs", [("cpu", "--no-cuda-graphs"), *CUDA])
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device, graphs):
+    arguments = [*RUN.split(), "--device", device, graphs, "--output-dir"]
     finish(start(*arguments, tmp_path / "warm-up"))
     directory = tmp_path / "undisturbed"
     began = time.perf_counter()
@@ -110,7 +111,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device)
 
 def wait_for(condition, process):
     while not condition():
-        assert process.is_alive()
+        assert process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
         time.sleep(0.001)
 
 
@@ -224,6 +225,21 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
     assert written == [["checkpoint-5"], ["checkpoint-6"]]
 
 
+def test_how_many_blocks_are_checkpointed_is_decided_once_a_run(tmp_path, monkeypatch):
+    plain, asked = train.make_step, []
+
+    def make_step(args, model, scaler, optimizer, dataset, checkpointed=None):
+        asked.append(checkpointed)
+        step = plain(args, model, scaler, optimizer, dataset, checkpointed)
+        model.transformer.encoder.checkpointed_layers = 3  # as if no fewer had fitted
+        return step
+
+    monkeypatch.setattr(train, "make_step", make_step)
+    train.main([*SHORT, str(tmp_path / "out")])
+    train.main([*SHORT, str(tmp_path / "out"), "--resume", "checkpoint-4"])
+    assert asked == [None, 3]
+
+
 def test_a_named_checkpoint_and_another_split_of_the_update(cut, done, capsys):
     for name in (str(cut / "checkpoint-2"), "checkpoint-2"):
         train.main([*SHORT, str(cut), "--resume", name])
@@ -243,6 +259,21 @@ def test_whole_modules_in_half_precision_go_on_bit_for_bit(tmp_path, dtype):
     shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
     train.main([*SHORT, str(tmp_path / "cut"), "--resume", *flags])
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "done")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_ctrl_c_under_a_pipe_whose_reader_it_ends_too(tmp_path, unbuffered):
+    command = [sys.executable, ROOT / "train.py", *RUN.split(), "--device", "cpu", "--output-dir", tmp_path / "out"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for stderr in (subprocess.PIPE, subprocess.STDOUT):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True)
+        wait_for(lambda: begun(tmp_path / "out"), process)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read() if process.stderr else ""
+        assert process.wait() == 130 and "error" not in told and "Broken" not in told, told
+        assert train.is_intact(train.checkpoints(tmp_path / "out")[0])
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_signal_saves_nothing_that_is_not_finite(tmp_path, monkeypatch, capsys):
@@ -284,6 +315,13 @@ def test_a_checkpoint_that_was_being_removed_is_gone(cut, monkeypatch, capsys):
     assert [p.name for p in train.checkpoints(cut)] == ["checkpoint-2"] and len(train.unfinished(cut)) == 1
     train.main([*SHORT, str(cut), "--resume"])
     assert "checkpoint-2, 2 of 6 updates done" in capsys.readouterr().out and not train.unfinished(cut)
+
+
+def test_a_linked_checkpoint_that_was_being_removed(cut, done, tmp_path):
+    (cut / "checkpoint-4.old.part").symlink_to(done)
+    (cut / "adapter.part").write_text("a file")
+    train.main([*SHORT, str(cut), "--resume"])
+    assert not train.unfinished(cut) and outcome(cut) == outcome(done)
 
 
 def test_another_run_s_checkpoint_is_refused_by_name(cut, tmp_path, capsys):

@@ -237,6 +237,11 @@ def test_logged_loss_is_the_mean_over_learnt_tokens(tmp_path):
         (["--target-modules", "query_key_vale"], "did you mean 'query_key_value'?"),
         (["--modules-to-save", "outputlayer"], "did you mean 'output_layer'?"),
         (["--target-modules", "(*"], "is not a regular expression"),
+        (["--target-modules", "(.*)+dense"], "at most three of * + ? {, and none of them after a bracket"),
+        (
+            ["--lora-r", "1024", "--target-modules", "query_key_value"],
+            "LoRA's rank 1024 is more than its layers have, ",
+        ),
         (["--target-modules", "nothing.*"], "no module of the model is named 'nothing.*'"),
         (["--target-modules", "self_attention"], "is no linear layer"),
         (["--batch-size", "0"], "must be between 1 and"),

@@ -99,9 +99,9 @@ def measure_loop(base, dataset, arguments, updates):
     model = peft_model.get_base_model().train()
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     start = time.perf_counter()
-    step = train.make_step(args, model, scaler, dataset)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate, fused=model.device.type == "cuda")
+    step = train.make_step(args, model, scaler, optimizer, dataset)
     batches = list(islice(train.updates(dataset, args, model.device), updates))
 
     def run():
