@@ -12,6 +12,7 @@ import datetime
 import gc
 import platform
 import sys
+import tempfile
 import time
 from functools import partial
 from itertools import islice
@@ -168,7 +169,7 @@ def measure_trainer(base, dataset, pad_to, checkpointing, updates):
         data_collator=collate,
         callbacks=[clock],
         args=transformers.TrainingArguments(
-            output_dir="unused",
+            output_dir=tempfile.mkdtemp(),
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
             max_steps=updates + clock.warm_up,
