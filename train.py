@@ -263,12 +263,12 @@ def longest_batch(dataset, batch_size):
     return data.collate([(input_ids, labels)] * min(batch_size, len(dataset)), dataset.shared)
 
 
-def make_step(args, model, scaler, optimizer, dataset, checkpointed=None):
+def make_step(args, model, scaler, optimizer, dataset, decided=None):
     """micro_step for `model`, with the fast paths that `args` asks for around it. On CUDA it has run on the longest
     micro-batch that can occur, so that memory doesn't run out later; --gradient-checkpointing auto takes the fewest blocks
-    that fit, or `checkpointed`. Raises ValueError for what can't be had, or doesn't fit."""
+    that fit, or those `decided` when a run that is resumed began. Raises ValueError for what can't be had, or doesn't fit."""
     encoder, cuda = model.transformer.encoder, model.device.type == "cuda"
-    layers, wanted = len(encoder.layers), args.gradient_checkpointing if checkpointed is None else checkpointed
+    layers, wanted = len(encoder.layers), args.gradient_checkpointing if decided is None else decided
     if args.cuda_graphs and not cuda:
         raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
     for module in model.modules():
@@ -345,7 +345,7 @@ def make_step(args, model, scaler, optimizer, dataset, checkpointed=None):
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "training_args.json")
 STATE = ("training_state.safetensors", "training_state.json", "metrics.jsonl")
 WHOLE = ADAPTER + STATE  # what SHA256SUMS lists
-# How far a run is. loss, supervised and tokens are sums since the last line of metrics.
+# How far a run is. loss, supervised and tokens are sums since the last line of metrics; checkpointed counts blocks.
 START = {"step": 0, "loss": 0.0, "supervised": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0, "checkpointed": 0}
 # Arguments that may change when a run is resumed: they don't affect the result, or run_identity has them in another form.
 FREE = "model base data device dtype batch_size gradient_accumulation_steps output_dir save_steps keep_checkpoints resume overwrite"
@@ -723,8 +723,8 @@ def train(args):
     if checkpoint:
         progress = resume(checkpoint, run, total_steps, optimizer, scaler)
         print(f"resumed  {checkpoint}, {progress['step']:,} of {total_steps:,} updates done")
-    checkpointed = progress["checkpointed"] if checkpoint else None  # auto is decided once a run
-    step_fn = make_step(args, model, scaler, optimizer, dataset, checkpointed)
+    decided = progress["checkpointed"] if checkpoint else None
+    step_fn = make_step(args, model, scaler, optimizer, dataset, decided)
     progress["checkpointed"] = model.transformer.encoder.checkpointed_layers
     if dist.is_initialized():  # nothing is written before every process got here
         everyone = [None] * size

@@ -214,11 +214,11 @@ def test_auto_takes_as_few_blocks_as_fit(base, monkeypatch, needed):
         return
     train.make_step(args, network, scaler, optimizer, dataset)
     assert network.transformer.encoder.checkpointed_layers == needed == tried[-1]
-    train.make_step(args, network, scaler, optimizer, dataset, checkpointed=4)  # as a run that is resumed had it
+    train.make_step(args, network, scaler, optimizer, dataset, decided=4)  # as a run that is resumed had it
     assert tried[-1] == 4
     if needed:
         with pytest.raises(ValueError, match="out of memory"):
-            train.make_step(args, network, scaler, optimizer, dataset, checkpointed=needed - 1)
+            train.make_step(args, network, scaler, optimizer, dataset, decided=needed - 1)
 
 
 @cuda

@@ -228,9 +228,9 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
 def test_how_many_blocks_are_checkpointed_is_decided_once_a_run(tmp_path, monkeypatch):
     plain, asked = train.make_step, []
 
-    def make_step(args, model, scaler, optimizer, dataset, checkpointed=None):
-        asked.append(checkpointed)
-        step = plain(args, model, scaler, optimizer, dataset, checkpointed)
+    def make_step(args, model, scaler, optimizer, dataset, decided=None):
+        asked.append(decided)
+        step = plain(args, model, scaler, optimizer, dataset, decided)
         model.transformer.encoder.checkpointed_layers = 3  # as if no fewer had fitted
         return step
 
