@@ -406,10 +406,11 @@ def unanswered(args):
     """→ (the records of --input that have no line in --output yet [(place, record, messages)], how many have, the length
     of its complete lines in bytes). Equal records have a line each. Raises ValueError for an --output that isn't of these."""
     records = data.read_records(args.input, prompts=True)
-    if not Path(args.output).absolute().parent.is_dir():
+    output = Path(args.output)
+    directory, is_there = output.absolute().parent, output.exists()
+    if not directory.is_dir():
         raise ValueError(f"{args.output}: there is no such directory; make it first")
-    there = args.output if Path(args.output).exists() else Path(args.output).absolute().parent
-    if Path(args.output).exists() != Path(args.output).is_file() or not os.access(there, os.W_OK):
+    if (is_there and not output.is_file()) or not os.access(output if is_there else directory, os.W_OK):
         raise ValueError(f"{args.output}: cannot write there; choose another --output")
 
     def key(record):
@@ -417,10 +418,10 @@ def unanswered(args):
 
     remaining = collections.Counter(key(record) for _, record, _ in records)
     lines = [b""]
-    if Path(args.output).exists():
-        if any(Path(args.output).samefile(file) for file in args.input):
+    if is_there:
+        if any(output.samefile(file) for file in args.input):
             raise ValueError(f"{args.output}: it is an --input; choose another --output")
-        lines = Path(args.output).read_bytes().split(b"\n")
+        lines = output.read_bytes().split(b"\n")
     tail = lines.pop()  # what follows the last newline was being written when the run ended
     starts = [as_line(without_prediction(record))[:-2] for _, record, _ in records]  # without the brace and newline
     if tail and not any(tail.startswith(start) or start.startswith(tail) for start in starts):
@@ -631,13 +632,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = ValueError("out of memory; try --load-in 4bit, or with --input a smaller --batch-size")
-        lines = chatglm.for_the_user(error)
-        if lines is None:
-            raise
-        sys.stderr.writelines(f"infer.py: error: {line}\n" for line in lines)
-        sys.exit(2)
+        chatglm.end(error, "infer.py", "out of memory; try --load-in 4bit, or with --input a smaller --batch-size")
 
 
 if __name__ == "__main__":

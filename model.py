@@ -20,6 +20,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -457,13 +458,19 @@ def brief(error):
     return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
 
 
-def for_the_user(error):
-    """→ the lines that tell a user of `error`, or None if it is a bug of ours."""
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return [f"--compile: {brief(error)}; leave it out, or mend what it needs"]
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return [f"{error.filename}: {error.strerror}"]
-    return str(error).splitlines() if isinstance(error, ValueError | OSError) else None
+def end(error, program, out_of_memory):
+    """Ends the program with exit code 2 and the lines on stderr that tell a user of `error`. Raises what is a bug of ours."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        text = out_of_memory
+    elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        text = f"--compile: {brief(error)}; leave it out, or mend what it needs"
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    elif not isinstance(error, ValueError | OSError):
+        raise error
+    sys.stderr.writelines(f"{program}: error: {line}\n" for line in text.splitlines())
+    sys.exit(2)
 
 
 def quiet_libraries():

@@ -829,14 +829,8 @@ def main(argv=None):
             # Another process may have failed first, or in the same way: then torchrun ends this one, and it's told once.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-        if isinstance(error, torch.OutOfMemoryError):
-            error = ValueError("the GPU's memory ran out; try --gradient-checkpointing all, or a smaller --batch-size")
-        lines = chatglm.for_the_user(error)
-        if lines is None:
-            raise
-        name = f"train.py: process {rank}" if rank else "train.py"
-        sys.stderr.writelines(f"{name}: error: {line}\n" for line in lines)
-        sys.exit(2)
+        hint = "the GPU's memory ran out; try --gradient-checkpointing all, or a smaller --batch-size"
+        chatglm.end(error, f"train.py: process {rank}" if rank else "train.py", hint)
 
 
 if __name__ == "__main__":
