@@ -37,7 +37,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import find_adapter_config_file
 
 ADAPTER_DIR = "output/ChatGLM"  # where train.py writes and infer.py looks
-LOSS_CHUNK = 2048  # positions whose logits are held at a time; a quarter of them where blocks are checkpointed
+LOSS_CHUNK = 2048  # positions whose logits are held at a time; an eighth of them where blocks are checkpointed
 SHAPE = "num_layers hidden_size ffn_hidden_size num_attention_heads multi_query_group_num kv_channels padded_vocab_size"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -337,7 +337,7 @@ class ChatGLMForCausalLM(PreTrainedModel):
         times over) would take more memory than the network.
         """
         hidden = self.transformer(input_ids, prefix).flatten(0, 1).index_select(0, positions)  # [N, C]
-        size = LOSS_CHUNK // 4 if self.transformer.encoder.checkpointed_layers else LOSS_CHUNK
+        size = LOSS_CHUNK // 8 if self.transformer.encoder.checkpointed_layers else LOSS_CHUNK
         if len(hidden) <= size:
             return self._loss(hidden, targets)
         chunks = zip(hidden.split(size), targets.split(size), strict=True)

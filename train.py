@@ -144,7 +144,8 @@ def micro_step(model, scaler, prefix, input_ids, positions, targets, supervised)
     with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
         # Divided before backward: fp16 gradients of a sum over a thousand tokens would overflow.
         loss = model.summed_loss(prefix, input_ids, positions, targets) / supervised
-    scaler.scale(loss).backward()
+    with torch.autograd.set_multithreading_enabled(False):  # in this thread: use_mem_pool (CUDAGraphs) knows no other
+        scaler.scale(loss).backward()
     return loss.detach()
 
 
@@ -278,6 +279,7 @@ def make_step(args, model, scaler, optimizer, dataset, decided=None):
         torch._dynamo.config.specialize_float = True  # eps and LoRA's scale are constants, not inputs on the CPU
         for layer in encoder.layers:
             layer.compile(dynamic=True)  # one compilation for all lengths
+        model._loss = torch.compile(model._loss, dynamic=True)
     step, params = partial(micro_step, model, scaler), [p for p in model.parameters() if p.requires_grad]
 
     def with_graphs(checkpointed):

@@ -176,7 +176,7 @@ def test_replays_are_bit_equal_to_launches_and_draw_dropout_anew(compiled):
     torch.manual_seed(0)
     for param in params:
         torch.nn.init.normal_(param, std=0.1)
-    step = partial(train.micro_step, network, torch.amp.GradScaler("cuda"))
+    step = partial(train.micro_step, network, torch.amp.GradScaler("cuda", init_scale=128.0))
     batches = [data.collate(random_samples([n, n + 9], 1400)).values() for n in (20, 40, 60)]
     results = []
     for each in (step, train.CUDAGraphs(step, most=2)):
@@ -184,12 +184,13 @@ def test_replays_are_bit_equal_to_launches_and_draw_dropout_anew(compiled):
             param.grad = torch.zeros_like(param)
         torch.manual_seed(0)
         losses = [
-            [each(*(t.cuda() for t in batch), torch.ones((), device="cuda")) for batch in batches] for _ in range(5)
+            [each(*(t.cuda() for t in batch), torch.tensor(200.0, device="cuda")) for batch in batches]
+            for _ in range(5)
         ]
         results.append([torch.tensor(losses), *(param.grad.clone() for param in params)])
     assert len(each.graphs) == 2
     for launched, replayed in zip(*results, strict=True):
-        assert torch.equal(launched, replayed)
+        assert torch.equal(launched, replayed) and launched.isfinite().all()
     assert all(len(set(column)) == 5 for column in results[1][0].T.tolist())
 
 

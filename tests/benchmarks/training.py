@@ -129,6 +129,7 @@ def measure_loop(base, dataset, arguments, updates):
     )
     for layer in model.transformer.encoder.layers:
         layer._compiled_call_impl = None
+    vars(model).pop("_loss", None)
     peft_model.unload()
     return result
 
