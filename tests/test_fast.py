@@ -78,10 +78,13 @@ def test_the_loss_in_chunks_is_the_loss(base, monkeypatch):
     assert results[0][0] > 1000
 
 
-def test_a_recomputed_chunk_drops_the_same(base, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recomputed_chunk_drops_the_same(base, monkeypatch, compiled):
     """LoRA dropout on the output layer: the gradient along a direction is the loss's slope in that direction."""
     monkeypatch.setattr(chatglm, "LOSS_CHUNK", 128)
     peft_model = chatglm.add_lora(base, 4, 8, 0.5, ["output_layer"])
+    if compiled:
+        base._loss = torch.compile(base._loss, dynamic=True)
     params = [p for p in peft_model.parameters() if p.requires_grad]
     batch = data.collate(random_samples([200, 260], 512))
 
