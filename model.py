@@ -338,9 +338,9 @@ class ChatGLMForCausalLM(PreTrainedModel):
         """
         hidden = self.transformer(input_ids, prefix).flatten(0, 1).index_select(0, positions)  # [N, C]
         size = LOSS_CHUNK // 8 if self.transformer.encoder.checkpointed_layers else LOSS_CHUNK
-        if len(hidden) <= size:
-            return self._loss(hidden, targets)
-        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
+        if len(chunks) == 1:
+            return self._loss(*chunks[0])
         how = dict(use_reentrant=False, preserve_rng_state=self.output_layer_drops())
         return sum(checkpoint(self._loss, *chunk, **how) for chunk in chunks)
 

@@ -94,7 +94,7 @@ def parse_args(argv=None):
         help="how many blocks recompute their activations in backward; auto: as few as memory allows",
     )
     add("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
-    add("--compile", action="store_true", help="compile the blocks: faster, after some seconds")
+    add("--compile", action="store_true", help="compile the blocks and the loss: faster, after half a minute or less")
     add(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
@@ -173,12 +173,13 @@ class CUDAGraphs:
         return loss.clone()
 
     def launch(self, batch):
-        """The step itself, in the graphs' memory. It compiles, loads kernels and makes gradients, which can't be captured."""
+        """The step itself, in the graphs' memory. It compiles, loads kernels and makes gradients, which can't be captured. What
+        outlives it must be made in the first launch, before any capture, as gradients are: replays write over the rest."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             loss = self.step(*batch)
         torch.cuda.current_stream().wait_stream(self.stream)
-        return loss.clone()  # outside that memory, which the next replay writes to
+        return loss.clone()  # outside that memory
 
     def capture(self, batch):
         inputs = [tensor.clone() for tensor in batch]
@@ -279,7 +280,7 @@ def make_step(args, model, scaler, optimizer, dataset, decided=None):
         torch._dynamo.config.specialize_float = True  # eps and LoRA's scale are constants, not inputs on the CPU
         for layer in encoder.layers:
             layer.compile(dynamic=True)  # one compilation for all lengths
-        model._loss = torch.compile(model._loss, dynamic=True)
+        model._loss = torch.compile(model._loss, dynamic=True)  # which then stores no logits in fp32
     step, params = partial(micro_step, model, scaler), [p for p in model.parameters() if p.requires_grad]
 
     def with_graphs(checkpointed):
@@ -311,7 +312,9 @@ def make_step(args, model, scaler, optimizer, dataset, decided=None):
                 chosen.launch(longest)  # as another shape will be, beside what the graph holds
             return True
         except torch.OutOfMemoryError:
-            chosen = None  # frees what it holds
+            chosen = None  # frees what it holds, but for the gradients in its pool
+            for param in params:
+                param.grad = None
             return False
         finally:
             if cuda:

@@ -78,6 +78,21 @@ def test_the_loss_in_chunks_is_the_loss(base, monkeypatch):
     assert results[0][0] > 1000
 
 
+@pytest.mark.parametrize("checkpointed, most", [(0, 64), (2, 8)])
+def test_few_logits_are_held(base, monkeypatch, checkpointed, most):
+    monkeypatch.setattr(chatglm, "LOSS_CHUNK", 64)
+    base.train().transformer.encoder.checkpointed_layers = checkpointed
+    sizes, plain = [], base._loss
+
+    def loss(hidden, targets):
+        sizes.append(len(hidden))
+        return plain(hidden, targets)
+
+    monkeypatch.setattr(base, "_loss", loss)
+    base.summed_loss(*data.collate(random_samples([90, 110], 512)).values())
+    assert sum(sizes) == 256 and set(sizes) == {most}
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_recomputed_chunk_drops_the_same(base, monkeypatch, compiled):
     """LoRA dropout on the output layer: the gradient along a direction is the loss's slope in that direction."""
@@ -179,7 +194,8 @@ def test_replays_are_bit_equal_to_launches_and_draw_dropout_anew(compiled):
     torch.manual_seed(0)
     for param in params:
         torch.nn.init.normal_(param, std=0.1)
-    step = partial(train.micro_step, network, torch.amp.GradScaler("cuda", init_scale=128.0))
+    scaler = torch.amp.GradScaler("cuda", init_scale=128.0)  # at which these gradients don't overflow
+    step = partial(train.micro_step, network, scaler)
     batches = [data.collate(random_samples([n, n + 9], 1400)).values() for n in (20, 40, 60)]
     results = []
     for each in (step, train.CUDAGraphs(step, most=2)):

@@ -129,7 +129,7 @@ def measure_loop(base, dataset, arguments, updates):
     )
     for layer in model.transformer.encoder.layers:
         layer._compiled_call_impl = None
-    vars(model).pop("_loss", None)
+    vars(model).pop("_loss", None)  # the compiled one
     peft_model.unload()
     return result
 
