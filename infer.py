@@ -292,6 +292,11 @@ def find_base(adapter_dir):
     """The base that an adapter names: a directory, if need be relative to the adapter's own, or a hub id."""
     file = Path(adapter_dir, "adapter_config.json")
     if not file.exists():
+        if saved := sorted(Path(adapter_dir).glob("checkpoint-*[0-9]"), key=lambda path: (len(path.name), path.name)):
+            raise ValueError(
+                f"{adapter_dir}: no adapter here yet; finish the run with train.py --resume, or give a checkpoint of it, for "
+                f"example --adapter {saved[-1]}"
+            )
         raise ValueError(f"{adapter_dir}: no adapter here; run train.py first, or give --adapter DIR")
     name = read_json(file).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
@@ -609,7 +614,8 @@ def run(args):
     if args.merge_to is not None:
         merge_to(model, path, args.merge_to)
         print(f"saved    {args.merge_to}; try it:")
-        print(f"         python infer.py --no-adapter --model {shlex.quote(args.merge_to)}")
+        hint = "" if not system else f" --system {shlex.quote(system) if system.isprintable() else '…'}"
+        print(f"         python infer.py --no-adapter --model {shlex.quote(args.merge_to)}{hint}")
         return
     decoder = new_decoder(model, args)
     if args.prompt is not None:

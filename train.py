@@ -473,9 +473,8 @@ def find_checkpoint(output_dir, wanted):
         checkpoint = output_dir / Path(wanted).name
         here = Path(wanted).parent == Path() or Path(wanted).resolve() == checkpoint.resolve()  # its name, or its path
         if not here or not is_intact(checkpoint):
-            raise ValueError(
-                f"--resume {wanted}: no intact checkpoint of {output_dir}; --resume alone takes the newest"
-            )
+            intact = ", ".join(each.name for each in checkpoints(output_dir) if is_intact(each)) or "none"
+            raise ValueError(f"--resume {wanted}: no intact checkpoint of {output_dir}; these are: {intact}")
         return checkpoint
     for checkpoint in checkpoints(output_dir):
         if is_intact(checkpoint):

@@ -339,6 +339,10 @@ def test_the_system_message_of_training_is_used(tmp_path):
         model, tokenizer, system = infer.set_up(arguments)
         prompt_ids = infer.encode_prompt(infer.Decoder(model), tokenizer, [{"role": "user", "content": "q"}], system)
         assert wanted in tokenizer.decode(prompt_ids) and arguments.max_new_tokens == 128
+    done = run(
+        "infer.py", "--adapter", tmp_path / "out", "--merge-to", tmp_path / "m"
+    )  # which no file of a model can hold
+    assert done.stdout.endswith(f"--no-adapter --model {tmp_path}/m --system '甲'\n"), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -346,6 +350,10 @@ def test_the_system_message_of_training_is_used(tmp_path):
     [
         (["--adapter", "nowhere"], "nowhere: no adapter here"),
         (["--adapter", "moved"], "its base '/gone' is not there; give --model DIR_OR_HUB_ID"),
+        (
+            ["--adapter", "unfinished"],
+            "finish the run with train.py --resume, or give a checkpoint of it, for example --adapter",
+        ),
         (["--adapter", "damaged"], "damaged: cannot read this adapter"),
         (["--adapter", "other"], "this adapter was not trained on this model"),
         (["--adapter", "nowhere", "--no-adapter"], "nowhere: no adapter here"),
@@ -365,6 +373,7 @@ def test_a_user_s_mistake_is_one_clear_line(tmp_path, monkeypatch, capsys, argum
         file = tmp_path / name / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
     (tmp_path / "noted" / "training_args.json").write_text("[1]")
+    (tmp_path / "unfinished" / "checkpoint-100").mkdir(parents=True)
     weights = tmp_path / "damaged" / "adapter_model.safetensors"
     os.truncate(weights, 5000)
     monkeypatch.chdir(tmp_path)
@@ -488,7 +497,8 @@ def test_merge_command(trained, tmp_path, capsys):
     (base / "secret").write_text("not of the official files")
     common = ["--adapter", str(adapter), "--device", device]
     infer.main([*common, "--model", str(base), "--merge-to", str(tmp_path / "m")])
-    assert "saved" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "saved" in told and "--system" not in told
     there = {file.name for file in (tmp_path / "m").iterdir()}
     assert there == {"config.json", "model.safetensors", "tokenizer.model", "tokenization_chatglm.py"}
     assert load_file(tmp_path / "m" / "model.safetensors").popitem()[1].dtype == torch.float32  # as config.json says

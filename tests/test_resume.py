@@ -337,7 +337,8 @@ def test_another_run_s_checkpoint_is_refused_by_name(cut, tmp_path, capsys):
     ):
         assert told in refused(capsys, *SHORT, cut, "--resume", *flags)
     assert {p: p.read_bytes() for p in cut.rglob("*") if p.is_file()} == before
-    assert "no intact checkpoint" in refused(capsys, *SHORT, cut, "--resume", cut / "checkpoint-3")
+    told = refused(capsys, *SHORT, cut, "--resume", cut / "checkpoint-3")
+    assert f"no intact checkpoint of {cut}; these are: checkpoint-4, checkpoint-2" in told
     elsewhere = refused(capsys, *SHORT, tmp_path / "new", "--resume", cut / "checkpoint-2")
     assert f"no intact checkpoint of {tmp_path}/new" in elsewhere
 
