@@ -312,9 +312,8 @@ def make_step(args, model, scaler, optimizer, dataset, decided=None):
                 chosen.launch(longest)  # as another shape will be, beside what the graph holds
             return True
         except torch.OutOfMemoryError:
-            chosen = None  # frees what it holds, but for the gradients in its pool
-            for param in params:
-                param.grad = None
+            chosen = None  # frees what it holds, once the gradients in its pool are gone too
+            optimizer.zero_grad()
             return False
         finally:
             if cuda:

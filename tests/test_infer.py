@@ -339,9 +339,7 @@ def test_the_system_message_of_training_is_used(tmp_path):
         model, tokenizer, system = infer.set_up(arguments)
         prompt_ids = infer.encode_prompt(infer.Decoder(model), tokenizer, [{"role": "user", "content": "q"}], system)
         assert wanted in tokenizer.decode(prompt_ids) and arguments.max_new_tokens == 128
-    done = run(
-        "infer.py", "--adapter", tmp_path / "out", "--merge-to", tmp_path / "m"
-    )  # which no file of a model can hold
+    done = run("infer.py", "--adapter", tmp_path / "out", "--merge-to", tmp_path / "m")
     assert done.stdout.endswith(f"--no-adapter --model {tmp_path}/m --system '甲'\n"), done.stdout
 
 
