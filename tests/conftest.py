@@ -1,10 +1,18 @@
-"""Shared fixtures. Files that are not this project's to copy (the official vocabulary, the tutorial's data set, the real
-checkpoint) are read from where the user has them; without them their tests skip, saying so."""
+"""Shared fixtures and helpers.
 
+Files that are not this project's to copy (the official vocabulary, the tutorial's data set, the
+real checkpoint) are read from where the user has them. Without them their tests skip, and say so.
+"""
+
+import importlib.util
+import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +20,17 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import infer
 import model as chatglm
+import train
+from support import bases
+from support.checkpoints import STATE, list_checkpoints
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = Path(os.environ.get("CHATGLM3_REFERENCE", ROOT.parent / "shared"))
 PERSONA = "现在你要扮演皇帝身边的女人--甄嬛"
+torch.set_num_threads(1)  # the models of the tests are too small for several threads to help
 
 
 def reference(name):
@@ -42,7 +55,7 @@ def base():
 @pytest.fixture(scope="session")
 def tokenizer():
     """The built-in model's vocabulary."""
-    return data.ChatGLMTokenizer(chatglm.TINY)
+    return data.ChatGLMTokenizer(chatglm.BUILT_IN)
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +84,175 @@ def random_samples(lengths, vocab_size, seed=0):
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
     return path
+
+
+# --- models and adapters ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the smallest checkpoint, to be damaged."""
+    left_out = shutil.ignore_patterns("adapter", "expected*")
+    return shutil.copytree(FIXTURES / "tiny", tmp_path / "base", ignore=left_out)
+
+
+class Marker:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def with_random_lora(model, **options):
+    """LoRA whose B is not zero, as it is at first: then a test of it would always pass."""
+    targets = ["query_key_value", "dense_4h_to_h"]
+    options = dict(r=4, alpha=8, dropout=0.0, target_modules=targets) | options
+    torch.manual_seed(1)
+    peft_model = chatglm.add_lora(model, **options)
+    with torch.no_grad():
+        for name, param in peft_model.named_parameters():
+            if "lora_B" in name:
+                param.normal_(std=0.1)
+    return peft_model
+
+
+def trained_parameters(peft_model):
+    """→ {name: parameter} of all that is trained, under the names that adapter files use"""
+    params = peft_model.named_parameters()
+    return {n.replace(".default", ""): param for n, param in params if param.requires_grad}
+
+
+# --- runs of train.py -------------------------------------------------------------------------
+
+SHORT = "--max-steps 6 --save-steps 2 --logging-steps 1 --device cpu --output-dir".split()
+# Of the sample's 119 records 6 make an update, so that the second epoch begins at update 21.
+LONG = (
+    "--max-steps 30 --save-steps 2 --logging-steps 3 --batch-size 3 "
+    "--gradient-accumulation-steps 2 --lora-dropout 0.1"
+).split()
+
+
+def new_run(peft_model, *flags, dataset=None, checkpoint=None):
+    """A train.Run of `peft_model`, with these flags of train.py, on the sample or `dataset`."""
+    if dataset is None:
+        tokenizer = data.ChatGLMTokenizer(chatglm.BUILT_IN)
+        dataset = data.ConversationDataset([data.SAMPLE], tokenizer, 512)
+    return train.Run(train.parse_args(list(flags)), peft_model, dataset, checkpoint)
+
+
+def metrics_of(directory):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(directory):
+    """What two runs must have in common bit for bit: adapter, AdamW's moments, metrics, counts."""
+    last = list_checkpoints(directory)[0]
+    files = [directory / "adapter_model.safetensors", directory / "metrics.jsonl"]
+    return [file.read_bytes() for file in [*files, *(last / name for name in STATE)]]
+
+
+def contents(directory):
+    """→ {path: bytes} of all files below `directory`"""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def refused(capsys, *arguments):
+    """Runs train.py, which must end with one line of error. → that line"""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(argument) for argument in arguments])
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(errors) == 1, errors
+    return errors[0]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """start(*arguments, **environment) → a process that runs train.py.
+
+    It is forked from a process that has imported train.py, and prints to the file process.log.
+    """
+    # peft imports bitsandbytes, which starts CUDA, and then no process can be forked.
+    can_fork = not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes"))
+    context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+    if can_fork:
+        context.set_forkserver_preload(["train"])
+    os.environ["PYTHONPATH"] = str(ROOT)
+    logs, numbers = tmp_path_factory.mktemp("logs"), itertools.count()
+
+    def start(*arguments, **environment):
+        log, arguments = logs / str(next(numbers)), [str(argument) for argument in arguments]
+        process = context.Process(target=train_in_this_process, args=(arguments, environment, log))
+        process.log = log
+        process.start()
+        return process
+
+    return start
+
+
+def train_in_this_process(arguments, environment, log):
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    train.main(arguments)
+
+
+def finish(process, code=0):
+    """Waits until a process of `start` ends, with this exit code. → what it printed"""
+    process.join(120)
+    assert process.exitcode == code, process.log.read_text()
+    return process.log.read_text()
+
+
+def wait_for(condition, process):
+    """Waits until condition() is true. Fails if the process ends before."""
+    while not condition():
+        is_popen = isinstance(process, subprocess.Popen)
+        assert process.poll() is None if is_popen else process.is_alive()
+        time.sleep(0.001)
+
+
+def has_metrics(directory):
+    """Whether a run has written its first line of metrics."""
+    file = directory / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
+
+
+# --- what infer.py answers with ---------------------------------------------------------------
+
+QUESTION, ANSWER = "你是谁？", "我是小砚，一个在随机权重上练出来的小模型。"  # of the sample
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def trained(request, tmp_path_factory):
+    """(adapter directory, device) after `python train.py`: fp32 on the CPU, fp16 on CUDA."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    directory = tmp_path_factory.mktemp("trained")
+    done = run("train.py", "--output-dir", directory, "--device", request.param)
+    assert done.returncode == 0, done.stderr
+    return directory, request.param
+
+
+def adapter_of(directory, system=None, **base):
+    """An adapter of the built-in model that has learnt nothing, with what it says of its base."""
+    model = chatglm.load_model(chatglm.built_in_model(), "cpu")
+    found = bases.fingerprint(model, data.ChatGLMTokenizer(chatglm.BUILT_IN).digest)
+    chatglm.save_adapter(chatglm.add_lora(model, 4, 8, 0.0, ["query_key_value"]), directory)
+    arguments = {"system": system, "base": found | base}
+    (directory / "training_args.json").write_text(json.dumps(arguments))
+    return directory
+
+
+def refused_by_infer(capsys, *arguments):
+    """Runs infer.py, which must end with one line of error and no answer. → that line"""
+    with pytest.raises(SystemExit) as stop:
+        infer.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(errors) == 1 and out == "", (out, err)
+    return errors[0]

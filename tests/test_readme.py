@@ -6,7 +6,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 
 def test_links_into_the_code_point_at_what_they_name():
-    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    links = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
     assert len(links) >= 10
     for name, file, line in links:
         text = (ROOT / file).read_text("utf-8").splitlines()[int(line) - 1]

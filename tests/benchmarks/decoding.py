@@ -2,12 +2,17 @@
 
     python tests/benchmarks/decoding.py
 
-On CUDA the network has chatglm3-6b's shape in fp16; on a CPU it is that of the built-in model in fp32. Its weights are
-random. Every row decodes greedily, from prompts of 64 tokens, with no token at which it would stop. "bandwidth" is what a
-step must read, the weights besides the embedding, times steps a second, over the measured rate of a copy on the device
-(bytes read and written). "first" is the time from the weights in memory to the first token: kernels, cache, capturing,
-compiling, prefill. Then the same decoder answers again, timed from the second token on. transformers' network is its
-GLM-4, of the same architecture, with views of the same weights; its first logits are checked to be ours.
+The network has chatglm3-6b's shape in fp16 on CUDA, and the built-in model's in fp32 on a CPU. Its
+weights are random. Every row decodes greedily, from a prompt of 64 tokens, and never stops early.
+
+- "of bandwidth": the bytes that a step must read (all weights but the embedding) times steps a
+  second, divided by the measured rate of a copy on the device (bytes read and written).
+- "first token": the time from the weights in memory to the first token. It holds loading kernels,
+  the cache, compiling, capturing and prefill. Then the same decoder answers again, and tokens a
+  second are measured from the second token on.
+
+transformers' network is its GLM-4, which has the same architecture, with views of the same weights.
+Its first logits are checked to be ours.
 """
 
 import argparse
@@ -30,10 +35,10 @@ import model as chatglm
 PROMPT = 64
 RUNS = {  # name: (rows, how Decoder is made); None: transformers
     "graph, batch 1": (1, {}),
-    "compiled, graph, batch 1": (1, dict(compile=True)),
+    "compiled, graph, batch 1": (1, dict(compiled=True)),
     "graph, batch 16": (16, {}),
-    "compiled, graph, batch 16": (16, dict(compile=True)),
-    "eager, batch 1": (1, dict(graph=False)),
+    "compiled, graph, batch 16": (16, dict(compiled=True)),
+    "eager, batch 1": (1, dict(use_graph=False)),
     "transformers' generate, batch 1": (1, None),
     "transformers' generate, batch 16": (16, None),
 }
@@ -47,7 +52,9 @@ def synchronize(device):
 
 def copy_rate(device):
     """Bytes a second, read and written, of the best of some copies."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    source = torch.empty(
+        2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device
+    )
     target, best = torch.empty_like(source), float("inf")
     for _ in range(20):
         synchronize(device)
@@ -59,7 +66,10 @@ def copy_rate(device):
 
 
 def as_glm(model):
-    """transformers' GlmForCausalLM with views of `model`'s weights: query_key_value is split in three, nothing is copied."""
+    """→ transformers' GlmForCausalLM with views of `model`'s weights.
+
+    query_key_value is split in three. Nothing is copied.
+    """
     c = model.config
     config = transformers.GlmConfig(
         vocab_size=c.padded_vocab_size,
@@ -96,7 +106,10 @@ def as_glm(model):
         "model.norm.weight": model.transformer.encoder.final_layernorm.weight,
         "lm_head.weight": model.get_output_embeddings().weight,
     }
-    sizes = [n * c.kv_channels for n in (c.num_attention_heads, c.multi_query_group_num, c.multi_query_group_num)]
+    sizes = [
+        n * c.kv_channels
+        for n in (c.num_attention_heads, c.multi_query_group_num, c.multi_query_group_num)
+    ]
     for i, layer in enumerate(model.transformer.encoder.layers):
         for ours, theirs in names.items():
             weights[f"model.layers.{i}.{theirs}.weight"] = layer.get_submodule(ours).weight
@@ -110,7 +123,7 @@ def as_glm(model):
 
 
 def times_of_tokens(model, rows, how, count, again):
-    """→ (when it started, when each token of the first answer was there, the same of a later one)"""
+    """→ (the start, the times of the first answer's tokens, the times of a later answer's)"""
     prompts = torch.randint(3, model.config.padded_vocab_size, (rows, PROMPT)).tolist()
     start, runs = time.perf_counter(), []
     if how is None:
@@ -120,7 +133,9 @@ def times_of_tokens(model, rows, how, count, again):
         for _ in range(1 + again):
             times = []
 
-            def stamp(_, logits, times=times):  # every token's logits pass here; a reader of the text would wait too
+            def stamp(
+                _, logits, times=times
+            ):  # every token's logits pass here; a reader of the text would wait too
                 synchronize(model.device)
                 times.append(time.perf_counter())
                 return logits
@@ -129,19 +144,27 @@ def times_of_tokens(model, rows, how, count, again):
             glm.generate(ids, attention_mask=torch.ones_like(ids), **generate)
             runs.append(times)
         return start, runs[0], runs[-1]
+    if how.get("compiled"):
+        infer.compile_decoding(model)
     decoder = infer.Decoder(model, **how)
     for _ in range(1 + again):
         events = decoder.generate(prompts, count)
-        runs.append([time.perf_counter() for row, id in events if row == rows - 1 and id is not None])
-    for module in model.modules():
+        runs.append(
+            [time.perf_counter() for row, id in events if row == rows - 1 and id is not None]
+        )
+    for module in model.modules():  # what compile_decoding did
         module._compiled_call_impl = None
+        for name in ("forward_one", "forward"):
+            vars(module).pop(name, None)
     return start, runs[0], runs[-1]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=256, help="decoded by every row")
-    parser.add_argument("--only", default="", help="measure the rows of the table whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="measure the rows of the table whose name contains this"
+    )
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,7 +174,9 @@ def main():
         model = random_model(chatglm.ChatGLMConfig(), device, torch.float16)
         name = torch.cuda.get_device_name()
     else:
-        model = random_model(chatglm.ChatGLMConfig.from_pretrained(str(chatglm.TINY)), device, torch.float32)
+        model = random_model(
+            chatglm.ChatGLMConfig.from_pretrained(str(chatglm.BUILT_IN)), device, torch.float32
+        )
         name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     model.eval()
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
@@ -161,16 +186,19 @@ def main():
         ours, theirs = model(ids).logits.float(), as_glm(model)(ids).logits.float()
         difference = float((ours - theirs).norm() / ours.norm())
         assert difference < (1e-2 if cuda else 1e-5), difference
-    print(f"{datetime.date.today()}, {name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{datetime.date.today()}, {name}, {versions}")
     print(f"{weights / 2**30:.2f} GiB read a step; copy {rate / 1e12:.3f} TB/s, ", end="")
-    print(
-        f"so at most {rate / weights:.0f} steps/s; logits differ from transformers' by {difference:.0e} of their norm\n"
-    )
+    print(f"so at most {rate / weights:.0f} steps/s; ", end="")
+    print(f"logits differ from transformers' by {difference:.0e} of their norm\n")
     print("| | tok/s | of bandwidth | first token, s |\n|---|---|---|---|")
     runs = (
         RUNS
         if cuda
-        else {n.replace("compiled, graph", "compiled").replace("graph", "eager"): r for n, r in RUNS.items()}
+        else {
+            n.replace("compiled, graph", "compiled").replace("graph", "eager"): r
+            for n, r in RUNS.items()
+        }
     )
     for name, (rows, how) in runs.items():
         if args.only not in name or (not cuda and name not in ON_A_CPU):
@@ -179,7 +207,8 @@ def main():
         start, first, later = times_of_tokens(model, rows, how, args.tokens, again=2)
         gaps = [b - a for a, b in itertools.pairwise(later)]
         steps = len(gaps) / sum(gaps)
-        print(f"| {name} | {rows * steps:,.0f} | {steps * weights / rate:.0%} | {first[0] - start:.1f} |", flush=True)
+        share, wait = steps * weights / rate, first[0] - start
+        print(f"| {name} | {rows * steps:,.0f} | {share:.0%} | {wait:.1f} |", flush=True)
         gc.collect()
         torch._dynamo.reset()
         if cuda:

@@ -1,5 +1,7 @@
-"""Writes a checkpoint of chatglm3-6b's shape and official layout (7 shards, fp16) with random weights, to measure loading,
-training and decoding where the real one isn't at hand.
+"""Writes a checkpoint of chatglm3-6b's shape and official layout with random weights.
+
+Loading, training and decoding are measured with it where the real one is not at hand. It has 7
+shards in fp16.
 
     python tests/benchmarks/random_checkpoint.py DIRECTORY --vocabulary tokenizer.model
 """
@@ -53,7 +55,9 @@ def save(model, directory, shards):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--vocabulary", type=Path, required=True, help="the official tokenizer.model")
+    parser.add_argument(
+        "--vocabulary", type=Path, required=True, help="the official tokenizer.model"
+    )
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -62,7 +66,8 @@ def main():
     save(model, args.directory, shards=7)
     config.save_pretrained(args.directory)
     shutil.copy(args.vocabulary, args.directory / "tokenizer.model")
-    print(f"{args.directory}: {sum(p.numel() for p in model.parameters()):,} random parameters in 7 shards")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{args.directory}: {count:,} random parameters in 7 shards")
 
 
 if __name__ == "__main__":

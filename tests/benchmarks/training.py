@@ -1,10 +1,10 @@
-"""Measures this project's loop against transformers' Trainer on the same network, samples and device, in one run.
+"""Measures this project's loop against transformers' Trainer: same network, samples and device.
 
-    python tests/benchmarks/training.py --vocabulary tokenizer.model --data huanhuan.json --system "…"
+    python tests/benchmarks/training.py --vocabulary tokenizer.model --data huanhuan.json
 
-On CUDA the network has chatglm3-6b's shape; on a CPU that of the built-in model with the official vocabulary. Its weights
-are random. An update is 8 samples. Each configuration of the loop sees the same batches three times: twice to warm up
-(compiling, then capturing), then timed.
+The network has chatglm3-6b's shape on CUDA. On a CPU it is the built-in model with the official
+vocabulary. Its weights are random. An update is 8 samples. Each configuration of the loop sees the
+same batches three times: twice to warm up (to compile, then to capture), then with the clock.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,35 +26,49 @@ import data
 import model as chatglm
 import train
 
+EIGHT = "--batch-size 8 --gradient-accumulation-steps 1"
 LOOPS = {
     "loop, eager, 4 × 2": "--no-cuda-graphs",
     "loop, eager, 4 × 2, checkpointing": "--no-cuda-graphs --gradient-checkpointing all",
     "loop, defaults, 4 × 2": "",
-    "loop, defaults, 8 × 1": "--batch-size 8 --gradient-accumulation-steps 1",
-    "loop, compiled, 8 × 1": "--batch-size 8 --gradient-accumulation-steps 1 --compile --no-cuda-graphs",
-    "loop, compiled, graphs, 8 × 1": "--batch-size 8 --gradient-accumulation-steps 1 --compile --cuda-graphs",
+    "loop, defaults, 8 × 1": EIGHT,
+    "loop, compiled, 8 × 1": f"{EIGHT} --compile --no-cuda-graphs",
+    "loop, compiled, graphs, 8 × 1": f"{EIGHT} --compile --cuda-graphs",
 }
-# Full sequences of random tokens: (tokens a sample, samples, flags). 8,192 tokens are chatglm3-6b's whole context.
+# Full sequences of random tokens: (tokens a sample, samples, flags).
+# 8,192 tokens are chatglm3-6b's whole context.
 FULL = {
     "512 tokens, graphs, 4 × 2": (512, 160, ""),
     "512 tokens, compiled, graphs, 4 × 2": (512, 160, "--compile --cuda-graphs"),
     "8,192 tokens, checkpointing, 1 × 1": (8192, 6, "--gradient-checkpointing all"),
-    "8,192 tokens, checkpointing, compiled, 1 × 1": (8192, 6, "--gradient-checkpointing all --compile"),
-    "8,192 tokens, 27 blocks checkpointed, compiled, 1 × 1": (8192, 6, "--gradient-checkpointing 27 --compile"),
+    "8,192 tokens, checkpointing, compiled, 1 × 1": (
+        8192,
+        6,
+        "--gradient-checkpointing all --compile",
+    ),
+    "8,192 tokens, 27 blocks checkpointed, compiled, 1 × 1": (
+        8192,
+        6,
+        "--gradient-checkpointing 27 --compile",
+    ),
 }
-INPUTS = ("prefix", "input_ids")
 CPU_LOOPS = ("loop, defaults, 4 × 2", "loop, defaults, 8 × 1")
-TRAINERS = {"Trainer, padded to 512, checkpointing": (512, True), "Trainer, dynamic padding": (None, False)}
+TRAINERS = {
+    "Trainer, padded to 512, checkpointing": (512, True),
+    "Trainer, dynamic padding": (None, False),
+}
 
 
 class RandomTokens(torch.utils.data.Dataset):
     """Samples of `length` random tokens, all supervised but the first."""
 
-    shared = 0
+    prefix_length = 0
 
     def __init__(self, length, size):
         self.lengths = [length] * size
-        self.rows = torch.randint(3, 64789, (size, length), generator=torch.Generator().manual_seed(0))
+        self.rows = torch.randint(
+            3, 64789, (size, length), generator=torch.Generator().manual_seed(0)
+        )
 
     def __len__(self):
         return len(self.rows)
@@ -65,12 +78,16 @@ class RandomTokens(torch.utils.data.Dataset):
 
 
 def matmul_flops(device, dtype, size):
-    """FLOP/s of a large matrix product of random numbers: (the ceiling: the best of a few; kept up for some seconds, when
-    a GPU slows down to keep within its power)."""
+    """→ FLOP/s of a large matrix product of random numbers: (the best of a few, kept up).
+
+    The first is the ceiling. Within seconds a GPU slows down, to keep within its power.
+    """
     a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     best = min(timed(lambda: a @ b, device) for _ in range(8))
     many = max(1, round(3 / best))
-    return 2 * size**3 / best, 2 * size**3 * many / timed(lambda: [torch.mm(a, b, out=c) for _ in range(many)], device)
+    return 2 * size**3 / best, 2 * size**3 * many / timed(
+        lambda: [torch.mm(a, b, out=c) for _ in range(many)], device
+    )
 
 
 def timed(work, device):
@@ -87,60 +104,67 @@ def synchronize(device):
 
 
 def padded(batch):
-    """Tokens of a micro-batch, had each row the prefix of its own."""
-    rows, rest = batch["input_ids"].shape
-    return rows * (len(batch["prefix"]) + rest)
+    """→ the tokens of a micro-batch, if each row had a prefix of its own"""
+    rows, rest = batch.input_ids.shape
+    return rows * (len(batch.prefix) + rest)
+
+
+def computed(batch):
+    """→ the tokens of a micro-batch that are computed"""
+    return len(batch.prefix) + batch.input_ids.numel()
 
 
 def measure_loop(base, dataset, arguments, updates):
     """→ what main prints, of `updates` updates after warm-up"""
-    args = train.parse_args(arguments)
+    args = train.parse_args([*arguments, "--max-steps", str(updates)])
     torch.manual_seed(args.seed)
-    peft_model = chatglm.add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
-    model = peft_model.get_base_model().train()
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
+    run = train.Run(args, chatglm.add_lora(base, *lora), dataset)
+    model, optimizer, scaler = run.model, run.optimizer, run.scaler
+    optimizer.param_groups[0]["lr"] = args.learning_rate
     start = time.perf_counter()
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.learning_rate, fused=model.device.type == "cuda")
-    step = train.make_step(args, model, scaler, optimizer, dataset)
-    batches = list(islice(train.updates(dataset, args, model.device), updates))
+    micro_step = train.make_micro_step(run)
+    todo = list(train.updates(run))
 
-    def run():
-        for _, micro_batches, counts in batches:
-            supervised = counts["supervised"]
-            loss, _ = train.train_update(step, micro_batches, supervised, optimizer, scaler, args.max_grad_norm)
+    def all_updates():
+        for update in todo:
+            loss, _ = train.train_update(micro_step, update, optimizer, scaler, args.max_grad_norm)
         return loss
 
-    run()
-    first = run().item()
+    all_updates()
+    first = all_updates().item()
     warm_up = time.perf_counter() - start
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = timed(run, model.device)
-    checkpointed = model.transformer.encoder.checkpointed_layers > 0
+    seconds = timed(all_updates, model.device)
+    batches = [batch for update in todo for batch in update.micro_batches]
     result = dict(
         seconds=seconds,
-        samples=sum(counts["samples"] for _, _, counts in batches),
-        tokens=sum(counts["tokens"] for _, _, counts in batches),
-        padded=sum(padded(batch) for _, micro_batches, _ in batches for batch in micro_batches),
-        computed=sum(batch[n].numel() for _, micro_batches, _ in batches for batch in micro_batches for n in INPUTS),
-        checkpointed=checkpointed,
+        samples=sum(update.samples for update in todo),
+        tokens=sum(update.tokens for update in todo),
+        padded=sum(map(padded, batches)),
+        computed=sum(map(computed, batches)),
+        checkpointed=model.transformer.encoder.recomputed_layers > 0,
         note=f"warm-up {warm_up:.0f} s, loss {first:.3f}",
     )
     for layer in model.transformer.encoder.layers:
         layer._compiled_call_impl = None
-    vars(model).pop("_loss", None)  # the compiled one
-    peft_model.unload()
+    vars(model).pop("chunk_loss", None)  # the compiled one
+    run.peft_model.unload()
     return result
 
 
 def measure_trainer(base, dataset, pad_to, checkpointing, updates):
-    """The same for Trainer, as the tutorial uses it: 4 × 2 samples in the dataset's shuffled order."""
+    """The same for Trainer, as the tutorial uses it: 4 × 2 samples, shuffled."""
     args = train.parse_args(["--model", "base"])
-    peft_model = chatglm.add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
+    peft_model = chatglm.add_lora(
+        base, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules
+    )
     model = peft_model.get_base_model()
     model.accepts_loss_kwargs = False
-    model.transformer.encoder.checkpointed_layers = len(model.transformer.encoder.layers) * checkpointing
+    model.transformer.encoder.recomputed_layers = (
+        len(model.transformer.encoder.layers) * checkpointing
+    )
     count = dict(samples=0, tokens=0, padded=0)
 
     def collate(samples):
@@ -149,10 +173,15 @@ def measure_trainer(base, dataset, pad_to, checkpointing, updates):
         count["tokens"] += sum(len(ids) for ids, _ in samples)
         count["padded"] += length * len(samples)
         rows = [
-            [torch.nn.functional.pad(t, (0, length - len(t)), value=v) for t, v in zip(s, (0, -100), strict=True)]
+            [
+                torch.nn.functional.pad(t, (0, length - len(t)), value=v)
+                for t, v in zip(s, (0, -100), strict=True)
+            ]
             for s in samples
         ]
-        return dict(zip(("input_ids", "labels"), map(torch.stack, zip(*rows, strict=True)), strict=True))
+        return dict(
+            zip(("input_ids", "labels"), map(torch.stack, zip(*rows, strict=True)), strict=True)
+        )
 
     class Clock(transformers.TrainerCallback):
         warm_up = 3
@@ -187,7 +216,11 @@ def measure_trainer(base, dataset, pad_to, checkpointing, updates):
     trainer.train()
     synchronize(model.device)
     result = dict(
-        count, computed=count["padded"], seconds=time.perf_counter() - clock.start, checkpointed=checkpointing, note=""
+        count,
+        computed=count["padded"],
+        seconds=time.perf_counter() - clock.start,
+        checkpointed=checkpointing,
+        note="",
     )
     result["samples"] = updates * 8  # the loader collates ahead of the last step
     peft_model.unload()
@@ -196,7 +229,9 @@ def measure_trainer(base, dataset, pad_to, checkpointing, updates):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocabulary", type=Path, required=True, help="the official tokenizer.model")
+    parser.add_argument(
+        "--vocabulary", type=Path, required=True, help="the official tokenizer.model"
+    )
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--system")
     parser.add_argument("--updates", type=int, default=60)
@@ -205,30 +240,45 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
-    config = chatglm.ChatGLMConfig() if cuda else chatglm.ChatGLMConfig.from_pretrained(str(chatglm.TINY))
+    config = (
+        chatglm.ChatGLMConfig()
+        if cuda
+        else chatglm.ChatGLMConfig.from_pretrained(str(chatglm.BUILT_IN))
+    )
     config.padded_vocab_size = 65024
     dtype = torch.float16 if cuda else torch.float32
     torch.manual_seed(0)
     base = random_model(config, device, dtype)
     weights = sum(p.numel() for p in base.parameters()) - base.get_input_embeddings().weight.numel()
-    dataset = data.ConversationDataset(args.data, data.ChatGLMTokenizer(args.vocabulary.parent), 512, args.system)
+    dataset = data.ConversationDataset(
+        args.data, data.ChatGLMTokenizer(args.vocabulary.parent), 512, args.system
+    )
     ceiling, kept_up = matmul_flops(device, dtype, 8192 if cuda else 1024)
     name = (
         torch.cuda.get_device_name()
         if cuda
         else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )
-    print(f"{datetime.date.today()}, {name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{datetime.date.today()}, {name}, {versions}")
     print(f"{weights:,} random weights besides the embedding, {str(dtype)[6:]}; ", end="")
     print(f"matrix product {ceiling / 1e12:.2f} TFLOP/s, kept up {kept_up / 1e12:.2f}\n")
-    print("| | samples/s | tokens/s | padding | peak GiB | of ceiling | |\n|---|---|---|---|---|---|---|")
+    columns = ["", "samples/s", "tokens/s", "padding", "peak GiB", "of ceiling", ""]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     runs = {
-        n: partial(measure_loop, base, dataset, ["--model", "base", *f.split()], args.updates) for n, f in LOOPS.items()
+        n: partial(measure_loop, base, dataset, ["--model", "base", *f.split()], args.updates)
+        for n, f in LOOPS.items()
     }
-    runs |= {n: partial(measure_trainer, base, dataset, *how, min(args.updates, 20)) for n, how in TRAINERS.items()}
+    runs |= {
+        n: partial(measure_trainer, base, dataset, *how, min(args.updates, 20))
+        for n, how in TRAINERS.items()
+    }
     for name, (length, size, flags) in FULL.items() if cuda else ():
         split = "--batch-size 1 --gradient-accumulation-steps 1" if length > 512 else ""
-        full, arguments = RandomTokens(length, size), ["--model", "base", *flags.split(), *split.split()]
+        full, arguments = (
+            RandomTokens(length, size),
+            ["--model", "base", *flags.split(), *split.split()],
+        )
         updates = size if length > 512 else size // 8
         runs[name] = partial(measure_loop, base, full, arguments, updates)
     for name, measure in runs.items():
@@ -239,11 +289,17 @@ def main():
         r = measure()
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else ""
         flops = r["computed"] * weights * (6 if r["checkpointed"] else 4)
-        print(
-            f"| {name} | {r['samples'] / r['seconds']:.1f} | {r['tokens'] / r['seconds']:,.0f} | {1 - r['tokens'] / r['padded']:.0%} "
-            f"| {peak} | {flops / r['seconds'] / ceiling:.0%} | {r['note']} |",
-            flush=True,
-        )
+        seconds = r["seconds"]
+        row = [
+            name,
+            f"{r['samples'] / seconds:.1f}",
+            f"{r['tokens'] / seconds:,.0f}",
+            f"{1 - r['tokens'] / r['padded']:.0%}",
+            peak,
+            f"{flops / seconds / ceiling:.0%}",
+            r["note"],
+        ]
+        print(f"| {' | '.join(row)} |", flush=True)
         gc.collect()
         torch._dynamo.reset()
         if cuda:

@@ -1,0 +1,242 @@
+"""The files of an adapter in peft's layout, and what is wrong with them.
+
+Source of the format: peft's `PeftModel.save_pretrained`. Tensors are named "base_model.model.", the
+path of the module, then "lora_A.weight" or "lora_B.weight" (of an embedding "lora_embedding_A" and
+"lora_embedding_B"). A module that was trained whole has its own tensors' names.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from support.errors import first_few
+
+# The keys of adapter_config.json that are plain LoRA, and the types of their values. Whatever else
+# peft knows changes the network, the base's weights or the input, and is refused.
+PLAIN_LORA = {
+    "r": int,
+    "lora_alpha": int | float,
+    "lora_dropout": int | float,
+    "bias": str,
+    "fan_in_fan_out": bool,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "init_lora_weights": bool | str,
+    "target_modules": list | str,
+    "exclude_modules": list,
+    "modules_to_save": list,
+    "layers_to_transform": list | int,
+    "layers_pattern": list | str,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
+
+
+# --- new adapters -----------------------------------------------------------------------------
+
+
+def check_targets(model, target_modules, modules_to_save):
+    """Raises ValueError for a name that no module has, and for a target that is no linear layer."""
+    modules = dict(model.named_modules())
+    is_pattern = isinstance(target_modules, str)
+    targets = [target_modules] if is_pattern else target_modules
+    for wanted in [*targets, *modules_to_save]:
+        try:
+            if is_pattern and wanted is target_modules:
+                found = [name for name in modules if re.fullmatch(wanted, name)]
+            else:
+                found = [name for name in modules if f".{name}".endswith(f".{wanted}")]
+        except re.error as error:
+            what = f"target modules {wanted!r} is not a regular expression"
+            raise ValueError(f"{what}: {error}") from error
+        if not found:
+            names = {name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()}
+            close = difflib.get_close_matches(wanted, names, n=1)
+            hint = f"there are: {', '.join(sorted(names))}"
+            hint = f"did you mean {close[0]!r}?" if close else hint
+            raise ValueError(f"no module of the model is named {wanted!r}; {hint}")
+        for name in found if wanted in targets else ():
+            if not isinstance(modules[name], nn.Linear | nn.Embedding):
+                what = f"target modules {wanted!r}: {name} is no linear layer"
+                raise ValueError(f"{what}, which LoRA needs")
+
+
+def adapter_tensors(peft_model):
+    """→ {name: tensor}, the trained tensors under peft's names"""
+    # save_embedding_layers=False: peft would otherwise ask the hub whether the vocabulary grew.
+    return get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+
+
+def adapter_files(peft_model):
+    """→ {file name: content} in peft's layout: tensors, copied to the CPU, and JSON as bytes."""
+    state = adapter_tensors(peft_model)
+    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+    config = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
+    # peft keeps some lists as sets, whose order changes between runs.
+    config = {n: sorted(v) if isinstance(v, set) else v for n, v in config.items()}
+    return {
+        "adapter_model.safetensors": state,
+        "adapter_config.json": json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
+    }
+
+
+# --- adapters from files ----------------------------------------------------------------------
+
+
+class Mismatch(ValueError):
+    """Tensors that the model or the configuration has no place for."""
+
+
+def weights_file(directory):
+    """→ the file with the tensors of the adapter in `directory`. Raises ValueError without one."""
+    file = directory / "adapter_model.safetensors"
+    if not file.exists():
+        file = directory / "adapter_model.bin"  # from a peft before safetensors
+    if not file.is_file() or not (directory / "adapter_config.json").is_file():
+        needed = "adapter_config.json and adapter_model.safetensors"
+        raise ValueError(f"{directory}: no adapter here ({needed})")
+    return file
+
+
+def read_adapter(file):
+    """→ (tensors, LoraConfig) of the adapter whose tensors are in `file`. Raises ValueError.
+
+    Nothing is unpickled but tensors. What the configuration holds is checked, and not used yet.
+    """
+    if file.suffix == ".safetensors":
+        tensors = load_file(file)
+    else:
+        tensors = torch.load(file, "cpu", weights_only=True)
+    values = tensors.values() if isinstance(tensors, dict) else [None]
+    if not all(torch.is_tensor(value) and value.is_floating_point() for value in values):
+        what = "holds other things than tensors of floating-point numbers"
+        raise ValueError(f"{file.name} {what}")
+    config = file.with_name("adapter_config.json").read_text("utf-8")
+    return tensors, plain_config(json.loads(config))
+
+
+def plain_config(given):
+    """adapter_config.json's content → LoraConfig. Raises ValueError for what isn't plain LoRA."""
+    if not isinstance(given, dict) or given.get("peft_type") != "LORA":
+        raise ValueError("it is not LoRA")
+    defaults, general = LoraConfig().to_dict(), PeftConfig().to_dict()
+    for name in defaults.keys() - general.keys() - PLAIN_LORA.keys():
+        if given.get(name) and given[name] != defaults[name]:
+            raise ValueError(f"it is not plain LoRA: {name} is {given[name]!r}")
+    kept = {name: given[name] for name in PLAIN_LORA if given.get(name) is not None}
+    for name, value in kept.items():
+        if not isinstance(value, PLAIN_LORA[name]):
+            raise ValueError(f"{name} is {value!r}")
+    if kept.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
+        raise ValueError(f"it changes the base: init_lora_weights is {kept['init_lora_weights']!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key, value in kept.get(name, {}).items():
+            if not re.fullmatch(r"\^?[\w.]+", key) or not isinstance(value, int | float):
+                raise ValueError(f"{name} has {key!r}: {value!r}; it must be a module's name")
+    return LoraConfig(task_type="CAUSAL_LM", **kept)
+
+
+def exact_config(config, tensors, model):
+    """`config` with the full paths of exactly those modules of `model` that `tensors` belong to.
+
+    peft takes most names in a configuration for regular expressions. A full path matches only
+    itself. Raises Mismatch for tensors that are missing, belong to no module, or have another rank
+    than `config` says. A layer that only a pattern in `config` names is not missed.
+    """
+    names = {str(name).removeprefix("base_model.model.") for name in tensors}
+    adapted = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+    targets = [name for name, _ in model.named_modules() if name in adapted]
+    # With a bias setting, peft also saves biases of modules that are not trained whole.
+    biases = () if config.bias == "none" else (".bias",)
+    whole = {
+        name.rpartition(".")[0]
+        for name, _ in model.named_parameters()
+        if name in names and not name.endswith(biases)
+    }
+    ranks = _ranks(tensors)
+    faults = [f"unknown base_model.model.{path}" for path in sorted(adapted - {*targets})]
+    faults += _missing_whole(config, model, names)
+    for path in [*targets, *_forgotten(config, model, adapted | whole)]:
+        wanted = _of_module(config.rank_pattern, path, config.r)
+        if path not in ranks:
+            faults.append(f"missing base_model.model.{path}.lora_A")
+        elif ranks[path] != wanted:
+            faults.append(f"{path} has LoRA tensors of rank {ranks[path]}, not {wanted}")
+    if faults:
+        raise Mismatch(first_few(faults))
+    alphas = {path: _of_module(config.alpha_pattern, path, config.lora_alpha) for path in targets}
+    return dataclasses.replace(
+        config,
+        init_lora_weights=True,  # the loaded tensors replace the initial values
+        target_modules=targets,
+        modules_to_save=sorted(whole - adapted) or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={path: ranks[path] for path in targets if ranks[path] != config.r},
+        alpha_pattern={path: a for path, a in alphas.items() if a != config.lora_alpha},
+    )
+
+
+def _missing_whole(config, model, names):
+    """→ a fault for each parameter of a module to save that is not among `names`"""
+    return [
+        f"missing base_model.model.{parameter}"
+        for parameter, _ in model.named_parameters()
+        if parameter not in names
+        if any(f".{module}." in f".{parameter}" for module in config.modules_to_save or ())
+    ]
+
+
+def _forgotten(config, model, known):
+    """→ paths of layers that the configuration names plainly, and that are not `known`"""
+    plain = not (config.exclude_modules or config.layers_to_transform)
+    names = config.target_modules if plain and not isinstance(config.target_modules, str) else ()
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and path not in known
+        if any(f".{path}".endswith(f".{name}") for name in names or ())
+    ]
+
+
+def _ranks(tensors):
+    """→ {the path of each module with LoRA: the rank of its matrix A}"""
+    pattern = r"base_model\.model\.(.+)\.lora_(embedding_)?A(\.weight)?"
+    matches = {name: re.fullmatch(pattern, str(name)) for name in tensors}
+    return {match[1]: tensors[name].shape[0] for name, match in matches.items() if match}
+
+
+def _of_module(by_name, path, default):
+    """The value in `by_name` under the module's path or the end of it."""
+    # "^" before a name is peft's way to say that it is the whole path.
+    return next(
+        (v for n, v in by_name.items() if f"^.{path}".endswith(f".{n}".replace(".^", "^."))),
+        default,
+    )
+
+
+def check_tensors(tensors, wanted):
+    """Raises Mismatch if the names or shapes in {name: tensor} are not the wanted ones."""
+    different = [
+        (name, tensors[name].shape, wanted[name].shape)
+        for name in tensors.keys() & wanted.keys()
+        if tensors[name].shape != wanted[name].shape
+    ]
+    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    if faults := key_faults(missing, different, unknown):
+        raise Mismatch(first_few(faults))
+
+
+def key_faults(missing, misshapen, unknown):
+    """One sentence for each tensor. misshapen: [(name, its shape, the wanted shape)]"""
+    faults = [f"missing {name}" for name in sorted(missing)]
+    for name, shape, wanted in sorted(misshapen):
+        faults.append(f"{name} has shape {list(shape)}, not {list(wanted)}")
+    return faults + [f"unknown {name}" for name in sorted(unknown, key=str)]

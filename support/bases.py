@@ -1,0 +1,202 @@
+"""Bases: finding the one that is meant, checking its files, and telling one from another.
+
+A base is named by a directory or a hub id ("THUDM/chatglm3-6b"). An adapter remembers the name and
+a fingerprint of the base that it was trained on.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.utils import cached_file, find_adapter_config_file
+
+from support.checkpoints import list_checkpoints
+from support.config import ADAPTER_DIR, DTYPES
+from support.files import as_bytes, read_json
+
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "multi_query_group_num",
+    "kv_channels",
+    "padded_vocab_size",
+)
+
+
+# --- finding and placing a base -----------------------------------------------------------------
+
+
+def resolve_base(name):
+    """A directory or a hub id → the absolute directory, or the hub id.
+
+    Raises ValueError if it is neither.
+    """
+    if name and Path(name).is_dir():
+        return str(Path(name).resolve())
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        what = "is neither a directory nor a hub id"
+        raise ValueError(f"{name!r} {what}; --model takes the directory of a checkpoint")
+    return name
+
+
+def find_base(model, adapter_dir, no_adapter):
+    """→ the base that infer.py's flags mean: a directory or a hub id; None for the built-in one.
+
+    Raises ValueError: see resolve_base and base_of_adapter.
+    """
+    if model:
+        return resolve_base(model)
+    if no_adapter and adapter_dir == ADAPTER_DIR and not Path(adapter_dir).exists():
+        return None
+    return base_of_adapter(adapter_dir)
+
+
+def base_of_adapter(adapter_dir):
+    """→ the base that an adapter names: a hub id, or a directory, perhaps relative to its own.
+
+    Raises ValueError if there is no adapter, or it names no base.
+    """
+    file = Path(adapter_dir, "adapter_config.json")
+    if not file.exists():
+        if saved := list_checkpoints(Path(adapter_dir)):
+            raise ValueError(
+                f"{adapter_dir}: no adapter here yet; finish the run with train.py --resume, or "
+                f"give a checkpoint of it, for example --adapter {saved[0]}"
+            )
+        advice = "run train.py first, or give --adapter DIR"
+        raise ValueError(f"{adapter_dir}: no adapter here; {advice}")
+    name = read_json(file).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        raise ValueError(f"{file}: it names no base; give --model DIR_OR_HUB_ID")
+    beside = Path(adapter_dir, name)
+    if beside.is_dir() and not Path(name, "config.json").exists():
+        return str(beside.resolve())
+    try:
+        return resolve_base(name)
+    except ValueError as error:
+        what = f"its base {name!r} is not there; give --model DIR_OR_HUB_ID"
+        raise ValueError(f"{adapter_dir}: {what}") from error
+
+
+def base_file(path, name):
+    """→ a small file of a checkpoint, from its directory or the hub; None if it isn't there."""
+    quiet = dict(
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return cached_file(path, name, **quiet)
+
+
+def own_dtype(path):
+    """→ the name of the dtype that the base's config.json says, "auto" if it says none"""
+    config = read_json(base_file(path, "config.json"))
+    own = f"torch.{config.get('torch_dtype', config.get('dtype'))}"
+    return next((name for name, dtype in DTYPES.items() if str(dtype) == own), "auto")
+
+
+def loading_options(device, dtype, load_in):
+    """What model.load_model takes → the arguments of from_pretrained. Raises ValueError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if dtype == "auto":
+        dtype = "fp16" if device == "cuda" else "fp32"
+    options = dict(device_map=device, dtype=DTYPES[dtype])
+    if not load_in:
+        return options
+    if importlib.util.find_spec("bitsandbytes") is None:
+        install = "pip install -r requirements-quantization.txt"
+        raise ValueError(f"--load-in {load_in} needs bitsandbytes: {install}")
+    settings = dict(load_in_8bit=True)
+    if load_in == "4bit":
+        settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        settings["bnb_4bit_compute_dtype"] = DTYPES[dtype]
+    return options | dict(quantization_config=BitsAndBytesConfig(**settings))
+
+
+def make_random_weights(directory, model_class, config_class):
+    """Makes the weights that belong to directory/config.json, if they are not there yet.
+
+    They are the same on every machine. The random state is left as it was.
+    """
+    file = Path(directory, "model.safetensors")
+    if file.exists():
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config_class.from_pretrained(str(directory)))
+    part = file.with_name(f"{file.name}.{os.getpid()}")  # other processes may make it too
+    part.write_bytes(as_bytes(model.state_dict()))
+    os.replace(part, file)
+
+
+# --- checking its files -----------------------------------------------------------------------
+
+
+def check_files(path):
+    """Raises ValueError if `path` is an adapter, or an index names a file outside its directory."""
+    if find_adapter_config_file(path):  # transformers would load the base that the adapter names
+        raise ValueError("it is an adapter (adapter_config.json), not a base")
+    for index in Path(path).glob("*.index.json"):
+        for name in json.loads(index.read_text("utf-8"))["weight_map"].values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{index.name} names a file that is not beside it: {name!r}")
+
+
+# --- telling one base from another ------------------------------------------------------------
+
+
+def fingerprint(model, vocabulary_digest, samples=1024):
+    """What tells one base from another, whatever dtype either was loaded in.
+
+    {"vocabulary": the digest of its tokenizer.model, "shape": its sizes, "matrices": a digest of
+    the blocks' matrices, None if they are quantised, "fixed": a digest of all other weights}.
+
+    The digests are of the signs of some weights of every tensor: rounding keeps signs. Take it
+    before LoRA is added.
+    """
+    groups = {"fixed": [], "matrices": []}
+    for name, param in sorted(model.named_parameters()):
+        is_matrix = ".layers." in name and param.ndim > 1
+        groups["matrices" if is_matrix else "fixed"].append(param.detach())
+    shape = {name: getattr(model.config, name) for name in SIZES}
+    result = {"vocabulary": vocabulary_digest, "shape": shape}
+    for group, params in groups.items():
+        result[group] = None
+        if all(param.is_floating_point() for param in params):
+            some = [p.flatten()[:: max(1, p.numel() // samples)].signbit() for p in params]
+            signs = torch.cat(some).tolist()  # one transfer from the device
+            result[group] = hashlib.sha256(bytes(signs)).hexdigest()
+    return result
+
+
+def check_same_base(found, trained_on, path, adapter):
+    """Raises ValueError if two fingerprints differ. What one of them lacks is not compared."""
+    told = {"shape": "shape", "vocabulary": "vocabulary", "fixed": "weights", "matrices": "weights"}
+    for key, what in told.items():
+        if found[key] and trained_on.get(key) and found[key] != trained_on[key]:
+            raise ValueError(
+                f"{path}: {adapter} was trained on a base with other {what}; give that one with "
+                "--model, use this one alone with --no-adapter, or accept it with --force"
+            )
+
+
+def trained_with(adapter_dir):
+    """→ (the system message, the base's fingerprint) that an adapter was trained with.
+
+    (None, {}) for an adapter of another program. Raises ValueError if the file is damaged.
+    """
+    file = Path(adapter_dir, "training_args.json")
+    arguments = read_json(file) if file.exists() else {}
+    system, base = arguments.get("system"), arguments.get("base") or {}
+    if not isinstance(system, str | None) or not isinstance(base, dict):
+        raise ValueError(f"{file}: damaged; copy it again, or train the adapter again")
+    return system, base

@@ -1,0 +1,118 @@
+"""What both commands share: types of arguments, help, quiet libraries, and the last error line."""
+
+import argparse
+import logging
+import os
+import re
+import sys
+import warnings
+
+import torch
+import transformers
+
+from support.config import DTYPES
+from support.errors import one_line, printable
+
+
+def number(low, high=10**9):
+    """A type for argparse: a number from `low` to `high`, a whole one if `low` is an int."""
+
+    def parse(text):
+        try:
+            value = type(low)(text)
+        except ValueError:
+            kind = "whole number" if isinstance(low, int) else "number"
+            raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
+        return value
+
+    return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default that is a value: not those of flags that are off."""
+
+    def _get_help_string(self, action):
+        has_value = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_value else action.help
+
+
+def number_of_blocks(text):
+    """A type for argparse: all, off, auto, or a whole number."""
+    if text in ("all", "off", "auto"):
+        return text
+    try:
+        return number(0)(text)
+    except argparse.ArgumentTypeError:
+        what = f"must be all, off, auto, or a number of blocks, not {text!r}"
+        raise argparse.ArgumentTypeError(what) from None
+
+
+def new_parser(doc, **options):
+    """A parser whose description is the first line of a command's docstring."""
+    description = doc.splitlines()[0]
+    options |= dict(allow_abbrev=False, formatter_class=HelpFormatter)
+    return argparse.ArgumentParser(description=description, **options)
+
+
+def add_device_flags(add, dtype="of the base and autocast; auto: fp16 on CUDA, else fp32"):
+    devices = ("auto", "cpu", "cuda")
+    add("--device", choices=devices, default="auto", help="auto: CUDA if there is one")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
+
+
+def add_load_in_flag(add):
+    add("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
+
+
+def check_utf8(*texts):
+    """Raises ValueError for bytes of the command line that are not UTF-8."""
+    for text in texts:
+        if text and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{printable(text)} is not valid UTF-8")
+
+
+def prepare_terminal():
+    """Keeps libraries quiet. A character that the terminal lacks becomes a question mark."""
+    quiet_libraries()
+    sys.stdout.reconfigure(errors="replace")
+
+
+def quiet_libraries():
+    """Keeps the progress bars, retries and hints of libraries off the terminal."""
+    modules = "transformers|peft|bitsandbytes|torch._weights_only_unpickler|torch._utils"
+    warnings.filterwarnings("ignore", module=modules)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def discard_output():
+    """Sends stdout nowhere from now on, because whoever read it has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def exit_with(error, program, out_of_memory):
+    """Ends the program with exit code 2 and the lines on stderr that tell a user of `error`.
+
+    Raises `error` again if it is none that a user can mend: it is then a bug of this project.
+    `out_of_memory` is the advice for torch.OutOfMemoryError.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        text = out_of_memory
+    elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        text = f"--compile: {one_line(error)}; leave it out, or mend what it needs"
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    elif not isinstance(error, ValueError | OSError):
+        raise error
+    sys.stderr.writelines(f"{program}: error: {line}\n" for line in text.splitlines())
+    sys.exit(2)
+
+
+def announce_built_in_model(file):
+    """Tells a user who gave no --model what is used."""
+    real = "train.py --model DIR_OR_HUB_ID --data FILE"
+    print(f"The built-in tiny model, random weights. For the real job: {real}", file=file)

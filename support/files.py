@@ -1,0 +1,98 @@
+"""Files and directories that are written whole or not at all, and locked while one run writes."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors.torch import save as safetensors_bytes
+
+LOCK = ".train.lock"  # the name of a directory's lock file
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # what a file system without locks says
+
+
+def as_json(value):
+    """→ bytes"""
+    return json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n"
+
+
+def as_bytes(content):
+    """A file's content as bytes. A dict of tensors becomes a safetensors file."""
+    return content if isinstance(content, bytes) else safetensors_bytes(content, {"format": "pt"})
+
+
+def sha256(content):
+    """The digest of some bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_json(file):
+    """→ the JSON object in `file`. Raises ValueError if there is anything else in it."""
+    try:
+        value = json.loads(Path(file).read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (OSError, ValueError) as error:
+        advice = "copy it again, or train the adapter again"
+        raise ValueError(f"{file}: damaged ({error}); {advice}") from error
+
+
+def write_files(directory, files):
+    """Writes {name: content} into `directory`, which it makes if need be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(as_bytes(content))
+
+
+def write_new_directory(directory, files):
+    """Makes `directory` anew with {name: content}, flushed to the disk. → directory"""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    write_files(directory, files)
+    for path in (*(directory / name for name in files), directory):
+        flush_to_disk(path)
+    return directory
+
+
+def flush_to_disk(path):
+    """Waits until a file, or a directory's list of files, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def delete(path):
+    """Deletes a file, a link, or a directory with all that is in it."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def locked(lock_file, path):
+    """Keeps other processes from writing to `path` for as long as the context lasts.
+
+    Raises ValueError if another process has the lock. A process that is killed loses its lock, but
+    leaves the empty lock file. A file system without locks is used without one.
+    """
+    lock = FileLock(lock_file, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        advice = "another process is writing there; wait until it ends"
+        raise ValueError(f"{path}: {advice}") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # before it is released: nobody else can hold it yet
+            Path(lock_file).unlink()
+        lock.release()

@@ -1,0 +1,93 @@
+"""Whether training fits into memory: the longest micro-batch is tried before training begins."""
+
+import time
+
+import torch
+
+from support.config import IGNORE
+from support.processes import rank_and_count
+
+
+def longest_samples(dataset, count):
+    """→ samples for a micro-batch that needs as much memory as any can.
+
+    All are as long as the longest, and have as many supervised tokens as any sample has.
+    """
+    most = max(int((labels[1:] != IGNORE).sum()) for _, labels in dataset)
+    input_ids, _ = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
+    is_supervised = torch.arange(len(input_ids)) >= len(input_ids) - most
+    return [(input_ids, input_ids.where(is_supervised, IGNORE))] * min(count, len(dataset))
+
+
+class Trial:
+    """Runs micro-steps on `longest`, a micro-batch on the device, to see whether they fit.
+
+    size: what it is called in messages. On a CPU only a compiled step is tried: then compiling is
+    over before anything is written.
+    """
+
+    def __init__(self, longest, size, optimizer, is_compiled):
+        self.longest, self.size, self.optimizer = longest, size, optimizer
+        params = optimizer.param_groups[0]["params"]
+        self.device = params[0].device
+        self.is_needed = self.device.type == "cuda" or is_compiled
+        # Training will hold more: AdamW's moments, if they are not there yet, and with several
+        # processes the message that sums the gradients.
+        copies = 0 if optimizer.state else 2
+        copies += 1 if rank_and_count()[1] > 1 else 0
+        self.stand_ins = [torch.empty_like(param) for param in params for _ in range(copies)]
+        self.started = time.perf_counter()
+
+    def fits(self, micro_step):
+        """Runs micro_step(batch, divisor). → False if memory runs out."""
+        self.optimizer.zero_grad()  # gradients of an earlier trial hold its graphs' memory
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        if not self.is_needed:
+            return True
+        try:
+            divisor = torch.ones((), device=self.device)
+            micro_step(self.longest, divisor)
+            if hasattr(micro_step, "capture"):  # it is a CUDAGraphs
+                micro_step(self.longest, divisor)  # captures and replays
+                micro_step.run_eagerly(
+                    self.longest, divisor
+                )  # as a new shape will, beside the graph
+            return True
+        except torch.OutOfMemoryError:
+            return False
+
+    def check(self, micro_step, blocks):
+        """Raises ValueError if micro_step is None. Prints what the last trial needed."""
+        self.stand_ins = None
+        if micro_step is None:
+            raise ValueError(
+                f"out of memory on the longest micro-batch, {self.size}; try a smaller "
+                "--batch-size (with more --gradient-accumulation-steps the update is the same), "
+                "--gradient-checkpointing all, --load-in 4bit, or a smaller --max-length"
+            )
+        took = f"{time.perf_counter() - self.started:.1f} s"
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+            where = f"for the longest micro-batch, {self.size}"
+            print(f"memory   {peak} {where}, {blocks} (tried in {took})")
+        elif self.is_needed:
+            print(f"compiled in {took}")
+
+
+def fewest_that_fit(attempt, layers):
+    """→ attempt(n) for the smallest n that fits, by binary search; None if even `layers` does not.
+
+    attempt(n) is the micro-step with n recomputed blocks, None if it does not fit. It also sets the
+    model to n, so it is called last for the n that is returned. The more blocks are recomputed, the
+    less memory a step takes, and the more time.
+    """
+    if micro_step := attempt(0):
+        return micro_step
+    low, high = 1, layers
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if attempt(middle) else (middle + 1, high)
+    return attempt(low)

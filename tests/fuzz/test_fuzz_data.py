@@ -1,0 +1,227 @@
+"""data.py and support/records.py: hostile data files, texts, conversations and vocabularies.
+
+python -m pytest -q tests/fuzz/test_fuzz_data.py
+"""
+
+import re
+
+import pytest
+import torch
+from hostile import hostile, one_clear_line, watched
+from hostile_inputs import (
+    conversations,
+    corrupted,
+    files,
+    messages_of,
+    odd_files,
+    records,
+    texts,
+)
+from hypothesis import strategies as st
+
+import data
+import model as chatglm
+from data import IGNORE
+from support.records import ROLES, DataError, read_conversations, read_records
+from support.reports import render
+
+# --- files ------------------------------------------------------------------------------------
+
+
+@hostile(700, raw=odd_files, prompts=st.booleans())
+def test_a_data_file_gives_conversations_or_faults_with_their_place(tmp_path, raw, prompts):
+    """Every line of DataError names the file. What is returned has the allowed order of roles, and
+    text where it must have some."""
+    file = tmp_path / "x.json"
+    file.write_bytes(raw)
+    try:
+        with watched():
+            found = read_records([file], prompts)
+    except DataError as error:
+        lines = str(error).split("\n")
+        assert len(lines) <= 21
+        assert all(line.startswith(str(file)) and line.isprintable() for line in lines)
+        return
+    assert found
+    for record in found:
+        assert record.place.startswith(str(file)) and isinstance(record.value, dict)
+        initials = "".join(message["role"][0] for message in record.messages)
+        assert re.fullmatch("s?u(a|au|ao)*" if prompts else "s?ua(a|ua|oa)*", initials)
+        for message in record.messages:
+            assert message["role"] in ROLES and "\n" not in message.get("metadata", "")
+            assert message["content"].strip() or message["role"] in ("system", "observation")
+            (message["content"] + message.get("metadata", "")).encode("utf-8")
+
+
+@hostile(300, pair=files(records))
+def test_a_valid_file_is_read_back_exactly(tmp_path, pair):
+    """JSON or JSONL, either kind of record, escaped or not: nothing is lost or changed."""
+    written, raw = pair
+    (tmp_path / "x").write_bytes(raw)
+    found = [messages for _, messages in read_conversations([tmp_path / "x"])]
+    assert found == [messages_of(record) for record in written]
+
+
+# --- ids and text -----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["tokenizer", "official_tokenizer"])
+def vocabulary(request):
+    return request.getfixturevalue(request.param)
+
+
+def shown(text):
+    """What decoding gives back. U+2581 is sentencepiece's sign for a space, and becomes one."""
+    return text.replace("\u2581", " ")
+
+
+@hostile(400, text=texts, ids=st.lists(st.integers(-9, 70000), max_size=20))
+def test_text_comes_back_and_never_gives_special_ids(vocabulary, text, ids):
+    """Text that is encoded and decoded is the same text. Any ids at all can be decoded."""
+    encoded = vocabulary.encode(text)
+    assert vocabulary.decode(encoded) == shown(text)
+    assert all(2 < id < vocabulary.pieces.get_piece_size() for id in encoded)
+    assert isinstance(vocabulary.decode(ids), str)
+
+
+@hostile(250, messages=conversations())
+def test_a_conversation_s_ids_and_labels(vocabulary, messages):
+    """Each message has one role id, and the conversation has one end. The labels are exactly what
+    follows each prompt, and decode to what the assistant says."""
+    ids, labels = data.encode_conversation(vocabulary, messages)
+    assert len(ids) == len(labels)
+    names = [vocabulary.special_names[id] for id in ids if id in vocabulary.special_names]
+    assert names == ["[gMASK]", "sop", *(f"<|{message['role']}|>" for message in messages)]
+    assert ids.index(vocabulary.eos_id) == len(ids) - 1
+    wanted = [IGNORE] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = data.encode_prompt(vocabulary, messages[:i])
+            start = len(prompt)
+            end = len(data.encode_conversation(vocabulary, messages[: i + 1])[0])
+            assert ids[:start] == prompt
+            wanted[start:end] = ids[start:end]  # with the token that ends the turn
+            metadata, content = data.split_answer(vocabulary, ids[start : end - 1])
+            assert metadata == shown(message.get("metadata", "")).strip()
+            assert content == shown(message["content"]).rstrip("\ufffd")
+    assert labels == wanted
+    rendered = render(vocabulary, ids, labels)
+    learnt = [part.split("⟧")[0] for part in rendered.split("⟦")[1:]]
+    assert learnt or any("⟦" in message["content"] for message in messages)
+
+
+VOCABULARY = (chatglm.BUILT_IN / "tokenizer.model").read_bytes()
+# Parts of the file: names of pieces, and after the byte 0x18 the kind of a piece.
+PARTS = [
+    b"</s>",
+    b"<unk>",
+    b"<0x0A>",
+    b"<s>",
+    "\u2581".encode(),
+    b"\x18\x06",
+    b"\x18\x03",
+    b"\x18\x02",
+]
+BYTES = [b"a", b"<", b"\0", b"\x18\x01", b"\x18\x04", b"\x18\x05", b"\xff"]
+
+
+def with_part_replaced(part, by, count):
+    return VOCABULARY.replace(part, (by * len(part))[: len(part)], count)
+
+
+edited = st.builds(
+    with_part_replaced, st.sampled_from(PARTS), st.sampled_from(BYTES), st.integers(-1, 3)
+)
+
+
+@hostile(150, raw=corrupted(st.just(VOCABULARY)) | edited | st.binary(max_size=20), text=texts)
+def test_a_vocabulary_s_file(tmp_path, raw, text):
+    """It encodes without a special id, or one line says why it can't be used."""
+    (tmp_path / "tokenizer.model").write_bytes(raw)
+    try:
+        with watched():
+            vocabulary = data.ChatGLMTokenizer(tmp_path)
+            ids = vocabulary.encode(text)
+            assert isinstance(vocabulary.decode(ids), str)
+            assert not {-1, vocabulary.eos_id, *vocabulary.special_names} & set(ids)
+    except ValueError as error:
+        one_clear_line(error)
+
+
+# --- samples and batches ----------------------------------------------------------------------
+
+
+@hostile(150, pair=files(records), max_length=st.integers(1, 120), system=st.none() | texts)
+def test_what_a_length_budget_cuts_and_drops(tmp_path, tokenizer, pair, max_length, system):
+    """The dataset is the encoded file cut to any length. It counts what it cut and dropped."""
+    written, raw = pair
+    file = tmp_path / "x"
+    file.write_bytes(raw)
+    wanted, cut = [], 0
+    for messages in map(messages_of, written):
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        ids, labels = data.encode_conversation(tokenizer, messages)
+        if set(labels[:max_length]) != {IGNORE}:
+            wanted.append((ids[:max_length], labels[:max_length]))
+            cut += len(ids) > max_length
+    if not wanted:
+        with pytest.raises(DataError, match="no sample has a token to learn"):
+            data.ConversationDataset([file], tokenizer, max_length, system)
+        return
+    dataset = data.ConversationDataset([file], tokenizer, max_length, system)
+    assert [tuple(tensor.tolist() for tensor in sample) for sample in dataset] == wanted
+    assert (dataset.cut, dataset.dropped) == (cut, len(written) - len(wanted))
+    assert dataset.lengths == [len(ids) for ids, _ in wanted]
+
+
+# (an id, whether it is learnt)
+tokens = st.lists(st.tuples(st.integers(0, 70000), st.booleans()), min_size=1, max_size=40)
+prefixes = st.lists(st.integers(0, 9), max_size=20)
+
+
+@hostile(200, samples=st.lists(tokens, min_size=1, max_size=6), prefix=prefixes)
+def test_a_padded_batch_holds_its_samples_and_predicts_the_next_token(samples, prefix):
+    """With the prefix put back and the padding taken off, the batch is the samples. What predicts
+    what is a shift by one, written out."""
+    pairs = []
+    for sample in samples:
+        ids = [id for id, _ in sample]
+        labels = [id if is_learnt else IGNORE for id, is_learnt in sample]
+        pairs.append((prefix + ids, [IGNORE] * len(prefix) + labels))
+    batch = data.collate([tuple(map(torch.tensor, pair)) for pair in pairs], len(prefix))
+    prefix = prefix if len(samples) > 1 else []
+    P = len(prefix)
+    rows, rest = batch.input_ids.shape
+    length, longest = P + rest, max(len(ids) for ids, _ in pairs)
+    assert rows == len(samples) and length % 8 == 0 and length - 8 < longest <= length
+    assert batch.prefix.tolist() == prefix
+    for row, (ids, _) in zip(batch.input_ids.tolist(), pairs, strict=True):
+        assert prefix + row == ids + [0] * (length - len(ids))
+    computed = batch.prefix.tolist() + batch.input_ids.flatten().tolist()
+    wanted = []
+    for r, (ids, labels) in enumerate(pairs):
+        for t in range(1, len(ids)):
+            if labels[t] >= 0:
+                place = t - 1 if t - 1 < P else r * rest + t - 1
+                assert computed[place] == ids[t - 1]
+                wanted.append((place, labels[t]))
+    found = list(zip(batch.predicting.tolist(), batch.targets.tolist(), strict=True))
+    assert found == wanted + [(0, IGNORE)] * (-len(wanted) % 128)
+
+
+@hostile(
+    150,
+    lengths=st.lists(st.integers(1, 99), max_size=300),
+    size=st.integers(1, 40),
+    seed=st.integers(0, 2**70),
+    window=st.integers(1, 60),
+)
+def test_an_epoch_has_every_sample_once(lengths, size, seed, window):
+    """The batches are of one size, or of two that differ by one. The order is repeatable."""
+    batches = data.update_order(lengths, size, seed, 1, window)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    sizes = {len(batch) for batch in batches}
+    assert len(batches) == -(-len(lengths) // size)
+    assert max(sizes, default=0) - min(sizes, default=0) < 2
+    assert batches == data.update_order(lengths, size, seed, 1, window)
