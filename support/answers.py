@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from support.commands import bar_options
 from support.errors import one_a_line
 from support.files import locked
 from support.records import read_records
@@ -107,13 +108,10 @@ def answer_all(assistant, todo, output, batch_size):
     """
     jobs = sorted(_encode(assistant, todo.records), key=lambda job: len(job[0]))
     cut = 0  # answers
-    interval = 0.1 if sys.stderr.isatty() else 10
-    total = todo.done + len(jobs)
-    bar = tqdm(
-        total=total, initial=todo.done, unit="answer", dynamic_ncols=True, mininterval=interval
-    )
-    file = Path(output).resolve()
-    lock_file = file.with_name(f".{file.name}.lock")
+    done = dict(total=todo.done + len(jobs), initial=todo.done, unit="answer")
+    bar = tqdm(**done, **bar_options())
+    target = Path(output).resolve()
+    lock_file = target.with_name(f".{target.name}.lock")
     with locked(lock_file, output), open(output, "ab") as file, bar:
         if file.tell() != todo.size:
             raise ValueError(f"{output}: it has changed meanwhile; give the same command again")

@@ -88,6 +88,11 @@ def quiet_libraries():
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+def bar_options():
+    """→ options of tqdm: a bar is drawn ten times a second on a terminal, else every ten seconds"""
+    return dict(dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
+
+
 def discard_output():
     """Sends stdout nowhere from now on, because whoever read it has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,7 +5,7 @@ import time
 import torch
 
 from support.config import IGNORE
-from support.processes import rank_and_count
+from support.processes import are_several
 
 
 def longest_samples(dataset, count):
@@ -34,7 +34,7 @@ class Trial:
         # Training will hold more: AdamW's moments, if they are not there yet, and with several
         # processes the message that sums the gradients.
         copies = 0 if optimizer.state else 2
-        copies += 1 if rank_and_count()[1] > 1 else 0
+        copies += 1 if are_several() else 0
         self.stand_ins = [torch.empty_like(param) for param in params for _ in range(copies)]
         self.started = time.perf_counter()
 

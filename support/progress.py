@@ -1,11 +1,12 @@
 """How far a run is: its counts, its metrics, and the bar that shows them."""
 
 import math
-import sys
 import time
 
 import torch
 from tqdm import tqdm
+
+from support.commands import bar_options
 
 
 class Progress:
@@ -94,13 +95,12 @@ class Progress:
 
 
 class ProgressBar(tqdm):
-    """A bar of updates, drawn ten times a second on a terminal, every ten seconds elsewhere."""
+    """A bar of updates."""
 
     def __init__(self, run, is_shown):
         self.progress = run.progress
-        interval = 0.1 if sys.stderr.isatty() else 10
-        options = dict(disable=not is_shown, dynamic_ncols=True, mininterval=interval)
-        super().__init__(total=run.total_steps, initial=run.progress.step, unit="update", **options)
+        done = dict(total=run.total_steps, initial=run.progress.step, unit="update")
+        super().__init__(disable=not is_shown, **done, **bar_options())
 
     def advance(self, is_stopping):
         """One more update is done. Nothing is drawn after a signal: whoever reads stderr may have
