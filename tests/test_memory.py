@@ -131,14 +131,17 @@ def test_out_of_memory_is_told_before_anything_is_written(tmp_path, monkeypatch,
 
 @cuda
 def test_auto_stores_what_fits(tmp_path, capsys):
-    """What the allocator may take is cut down until not all blocks fit, and then not even one."""
+    """What the allocator may take is cut down until not all blocks fit, and then not even one.
+
+    Where the trial fits, training fits too. It once needed a little more than the trial.
+    """
     records = [{"instruction": f"{'qr'[i % 2]}", "output": "a b c d " * 120} for i in range(64)]
     file = write_jsonl(tmp_path / "d.jsonl", records)
-    flags = ["--data", str(file), "--device", "cuda", "--batch-size", "64", "--max-steps", "1"]
+    flags = ["--data", str(file), "--device", "cuda", "--batch-size", "64", "--max-steps", "2"]
     total = torch.cuda.get_device_properties(0).total_memory
     outcomes = []
     try:
-        for mebibytes in (8000, *range(1500, 100, -50)):
+        for mebibytes in (8000, *range(1500, 100, -25)):
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(mebibytes * 2**20 / total)
             directory = tmp_path / str(mebibytes)
@@ -154,4 +157,4 @@ def test_auto_stores_what_fits(tmp_path, capsys):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert outcomes == sorted(outcomes) and outcomes[0] == 0
-    assert outcomes[-1] > 0 and len(outcomes) < 29
+    assert outcomes[-1] > 0 and len(outcomes) < 57
