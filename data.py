@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import random
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,14 @@ from torch.utils.data import Dataset
 from transformers.utils import cached_file
 
 from support.config import IGNORE
-from support.errors import one_line, printable
-from support.records import ROLES, DataError, read_conversations
+from support.errors import DataError, one_line, printable
+from support.files import check_no_lfs_pointer
+from support.preamble import Preamble
+from support.processes import cores
+from support.records import RecordReader, in_batches, one_ahead, split_times
+from support.samples import PackedSamples
+from support.tools import may_be_tool
+from support.turns import ROLES
 
 SAMPLE = Path(__file__).parent / "dataset" / "sample.jsonl"
 
@@ -44,6 +51,7 @@ class ChatGLMTokenizer:
             file = Path(path, "tokenizer.model")
             if not Path(path).is_dir():
                 file = cached_file(str(path), "tokenizer.model")
+            check_no_lfs_pointer(file)
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError, ValueError) as error:
             hint = "; without a network, give the directory of a checkpoint"
@@ -90,31 +98,41 @@ class ChatGLMTokenizer:
 # --- the prompt format ------------------------------------------------------------------------
 
 
-def encode_conversation(tokenizer, messages):
+def encode_conversation(tokenizer, messages, encode=None):
     """messages → (input_ids, labels), two lists of one length, in the official ChatGLM3 format:
 
         [gMASK] sop  <|role|> metadata\\n content  <|role|> metadata\\n content  …  </s>
 
-    Each metadata with its newline, and each content, is encoded by itself, as the official
-    tokenizer does it.
+    Each metadata with its newline, and each content, is encoded separately, as the official
+    tokenizer does it. encode: text → ids; without it, tokenizer.encode.
     labels[i] is input_ids[i] where a token is supervised: all ids of an assistant's turn after
     <|assistant|> (metadata, newline, content), and the id that ends the turn (the next role id, or
-    </s>). Elsewhere labels[i] is -100.
+    </s>). Elsewhere labels[i] is -100: in other turns, and in a turn with "loss": False.
     """
+    encode = encode or tokenizer.encode
     input_ids = [tokenizer.special["[gMASK]"], tokenizer.special["sop"]]
     labels = [IGNORE, IGNORE]
-    after_assistant = False
+    after_learnt = False
     for message in messages:
         role_id = tokenizer.special[f"<|{message['role']}|>"]
-        body = tokenizer.encode(message.get("metadata", "") + "\n")
-        body += tokenizer.encode(message["content"])
-        is_assistant = message["role"] == "assistant"
+        body = encode(message.get("metadata", "") + "\n") + encode(message["content"])
+        is_learnt = message["role"] == "assistant" and message.get("loss", True)
         input_ids += [role_id, *body]
-        labels.append(role_id if after_assistant else IGNORE)
-        labels += body if is_assistant else [IGNORE] * len(body)
-        after_assistant = is_assistant
-    labels.append(tokenizer.eos_id if after_assistant else IGNORE)
+        labels.append(role_id if after_learnt else IGNORE)
+        labels += body if is_learnt else [IGNORE] * len(body)
+        after_learnt = is_learnt
+    labels.append(tokenizer.eos_id if after_learnt else IGNORE)
     return [*input_ids, tokenizer.eos_id], labels
+
+
+def encode_texts(tokenizer, records):
+    """→ {text: ids} of all that encode_conversation encodes, in sentencepiece's threads"""
+    texts = set()
+    for record in records:
+        texts.update(message["content"] for message in record.messages)
+        texts.update(message.get("metadata", "") + "\n" for message in record.messages)
+    threads = max(1, cores() - 1)  # Python takes one core
+    return dict(zip(texts, tokenizer.pieces.encode([*texts], num_threads=threads), strict=True))
 
 
 def encode_prompt(tokenizer, messages):
@@ -123,74 +141,78 @@ def encode_prompt(tokenizer, messages):
     return [*input_ids[:-1], tokenizer.special["<|assistant|>"]]  # instead of </s>
 
 
-def split_answer(tokenizer, ids):
+def split_answer(tokenizer, ids, tool_names=None):
     """Splits an answer's ids, without the stop id, into two texts: (metadata, content).
 
-    Metadata is the first line, without its newline. If there is no newline, all is content. An
-    incomplete last character is left out.
+    Metadata is the first line, stripped, if it is empty or may be a tool's name: see may_be_tool.
+    Otherwise the whole answer is content. An incomplete last character is left out.
     """
-    metadata = []
     if tokenizer.newline_id in ids:
         end = ids.index(tokenizer.newline_id)
-        metadata, ids = ids[:end], ids[end + 1 :]
-    return tokenizer.decode(metadata).strip(), tokenizer.decode(ids).rstrip("\ufffd")
-
-
-def with_system(messages, system):
-    """Adds the system message `system`, if it is not None or "", unless there is one already."""
-    if not system or (messages and messages[0]["role"] == "system"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+        metadata = tokenizer.decode(ids[:end]).strip()
+        if not metadata or may_be_tool(metadata, tool_names):
+            return metadata, tokenizer.decode(ids[end + 1 :]).rstrip("\ufffd")
+    return "", tokenizer.decode(ids).rstrip("\ufffd")
 
 
 class ConversationDataset(Dataset):
     """Every conversation of `files`, encoded. dataset[i] → (input_ids [T], labels [T]), int64.
 
+    "FILE:N" stands for N times a file in each epoch, which may be less than once: see draw_epoch.
     A conversation without a system message gets `system`. Samples are cut to `max_length` tokens,
-    prompt and answer together. Raises DataError: see support/records.py.
+    prompt and answer together. keys: [(old, new)], keys of the records that are renamed. Raises
+    DataError: see support/records.py.
 
-    lengths: how many tokens each sample has
+    lengths, supervised: how many tokens each sample has, and how many of them are supervised
     places: the file and line that each sample came from
     cut: how many samples were cut. They have no </s>, so the model doesn't learn to stop there.
     dropped: how many samples had no supervised token within max_length
-    supervised: how many tokens of all samples are supervised
+    reader: the RecordReader, with its counts of what was not used
+    parts: (indices of a file's samples, how many times an epoch has each of them)
     prefix_length: how many tokens, in multiples of 8, all samples begin with: see collate
     """
 
-    def __init__(self, files, tokenizer, max_length, system=None):
-        self.samples, self.places = [], []
+    def __init__(self, files, tokenizer, max_length, system=None, keys=None):
+        tokenizer.encode(system or "")  # raises ValueError for what is not UTF-8
+        names, times = zip(*map(split_times, files), strict=True)
+        self.samples, self.places = PackedSamples(), []
         self.cut = self.dropped = 0
-        for place, messages in read_conversations(files):
-            input_ids, labels = encode_conversation(tokenizer, with_system(messages, system))
-            if set(labels[:max_length]) == {IGNORE}:
-                self.dropped += 1
-                continue
-            self.cut += len(input_ids) > max_length
-            sample = torch.tensor([input_ids[:max_length], labels[:max_length]], dtype=torch.int32)
-            self.samples.append(sample)
-            self.places.append(place)
-        if not self.samples:
+        self.reader = RecordReader(names, Preamble(system), keys=keys)
+        counts = [0] * len(names)  # of the samples of each file
+        # While the samples of a batch are made, the texts of the next one are encoded.
+        batches = in_batches(self.reader, 1000)
+        for batch, ids_of in one_ahead(partial(encode_texts, tokenizer), batches):
+            for record in batch:
+                sample = encode_conversation(tokenizer, record.messages, ids_of.__getitem__)
+                if not self.samples.add(*(part[:max_length] for part in sample)):
+                    self.dropped += 1
+                    continue
+                self.cut += len(sample[0]) > max_length
+                self.places.append(record.place)
+                counts[record.file_number] += 1
+        if not self.places:
             within = f"within {max_length} tokens; raise --max-length"
             raise DataError(f"no sample has a token to learn {within}")
-        self.lengths = [sample.shape[1] for sample in self.samples]
-        self.supervised = sum(count_supervised(sample[1]) for sample in self.samples)
-        self.prefix_length = self._common_prefix()
-        self.digest = hashlib.sha256(
-            b"".join(s.numpy().tobytes() for s in self.samples)
-        ).hexdigest()
-
-    def _common_prefix(self):
-        shortest = min(self.lengths)  # its last token is left out, so that no row becomes empty
-        starts = torch.stack([sample[0, : shortest - 1] for sample in self.samples])
-        same = int((starts == starts[0]).all(0).cumprod(0).sum())  # leading True values
-        return same - same % 8  # tensor cores want multiples of 8
+        self.samples.pack()
+        self.lengths, self.supervised = self.samples.lengths, self.samples.supervised
+        bounds = [0, *itertools.accumulate(counts)]
+        self.parts = [*zip(map(range, bounds, bounds[1:]), times, strict=True)]
+        for file, (indices, count) in zip(files, self.parts, strict=True):
+            if indices and round(count * len(indices)) == 0:
+                none = f"none of its {len(indices)} samples would be used"
+                raise DataError(f"{file}: {none}; give a larger number")
+        self.samples_per_epoch = len(draw_epoch(self.parts, 0, 0))
+        self.digest = self.samples.digest()
+        if {*times} != {1.0}:
+            self.digest += f" {self.parts}"
+        prefix = self.samples.common_prefix()
+        self.prefix_length = prefix - prefix % 8  # tensor cores want multiples of 8
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
-        input_ids, labels = self.samples[i].long()
-        return input_ids, labels
+        return self.samples[i]
 
 
 # --- batches ----------------------------------------------------------------------------------
@@ -218,7 +240,7 @@ def collate(samples, prefix_length=0):
     The prefix p is stored once. The rows are padded (.) on the right, to a multiple of 8 that holds
     the longest of them. They need no mask: see SelfAttention.forward in model.py.
 
-    The P + B × (T - P) computed tokens are numbered as they are drawn, from left to right and from
+    The P + B × (T - P) computed tokens are numbered as in this drawing, from left to right and from
     top to bottom. `predicting` holds such numbers. The labels are shifted here: token t of a row
     predicts label t + 1. `predicting` is padded to a multiple of 128, with number 0 and target
     -100. So there are few different shapes, and few CUDA graphs.
@@ -249,15 +271,28 @@ def count_supervised(labels):
     return int((labels[1:] != IGNORE).sum())
 
 
-def update_order(lengths, samples_per_update, seed, epoch, window=50):
+def draw_epoch(parts, seed, epoch):
+    """→ the indices of an epoch's samples, from [(indices of a file's samples, times)].
+
+    2.5 times means each of them twice, and a random half once more. Each epoch draws a new half.
+    """
+    rng = random.Random(f"{seed} {epoch} parts")
+    drawn = []
+    for indices, times in parts:
+        extra = round(times % 1 * len(indices))
+        drawn += [*indices] * int(times) + rng.sample(indices, extra)
+    return drawn
+
+
+def update_order(indices, lengths, samples_per_update, seed, epoch, window=50):
     """→ for each update of an epoch, the indices of its samples. It depends on its arguments only.
 
     Samples are shuffled, then sorted by length inside each window of `window` updates, so that
-    little is padded; then the updates are shuffled. Every sample comes once. If the samples don't
-    divide evenly, some updates have one less than others.
+    little is padded; then the updates are shuffled. Every index comes as often as it is in
+    `indices`. If they don't divide evenly, some updates have one less than others.
     """
     rng = random.Random(f"{seed} {epoch}")
-    order = list(range(len(lengths)))
+    order = list(indices)
     rng.shuffle(order)
     count = math.ceil(len(order) / samples_per_update)
     bounds = [len(order) * i // max(1, count) for i in range(count + 1)]

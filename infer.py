@@ -23,6 +23,7 @@ from support import answers, bases, commands
 from support.chat import chat
 from support.config import ADAPTER_DIR
 from support.export import check_free, merge_to
+from support.preamble import Preamble, read_tools
 
 PREFILL_TOKENS = 16384  # prefill computes so many at a time, with padding; at least one row
 
@@ -232,15 +233,15 @@ class Assistant:
     It is what support/chat.py and support/answers.py work with.
     """
 
-    def __init__(self, decoder, tokenizer, system=None, max_new_tokens=128):
-        self.decoder, self.tokenizer, self.system = decoder, tokenizer, system
+    def __init__(self, decoder, tokenizer, preamble=None, max_new_tokens=128):
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.preamble = preamble or Preamble()
         self.max_new_tokens = max_new_tokens
         self.context = decoder.model.config.seq_length  # tokens of prompt and answer together
 
     def encode(self, messages, check_room=True):
         """→ the ids of the prompt. Raises ValueError if they leave no room for an answer."""
-        messages = data.with_system(messages, self.system)
-        prompt_ids = data.encode_prompt(self.tokenizer, messages)
+        prompt_ids = data.encode_prompt(self.tokenizer, self.preamble.added_to(messages))
         if check_room and len(prompt_ids) >= self.context:
             has = f"the prompt has {len(prompt_ids)} tokens"
             raise ValueError(f"{has}; this model takes {self.context}")
@@ -254,27 +255,30 @@ class Assistant:
         """Yields the ids of the answer to one prompt."""
         return (id for _, id in self.generate([prompt_ids]) if id is not None)
 
-    def split(self, ids):
-        """The ids of an answer → (metadata, content): see data.split_answer."""
-        return data.split_answer(self.tokenizer, ids)
+    def split(self, ids, messages=()):
+        """The ids of the answer to `messages` → (metadata, content): see data.split_answer."""
+        return data.split_answer(self.tokenizer, ids, self.preamble.callable_tools(messages))
 
-    def stream(self, new_ids, ids, with_metadata=False):
-        """Yields the pieces of text that `new_ids`, an iterable, add to the answer.
+    def text_of(self, ids):
+        """The ids of an answer → its text, with the line of metadata first, if there is one."""
+        return "\n".join(filter(None, self.split(ids)))
 
-        A piece never holds a part of a character. Each id is also appended to the list `ids`. With
-        `with_metadata`, the line of metadata comes first, if there is one.
+    def stream(self, new_ids, ids):
+        """Yields the pieces of text that `new_ids`, an iterable, add to the answer: see text_of.
+
+        A piece never holds a part of a character. Each id is also appended to the list `ids`.
         """
         shown = 0  # characters
         for id in new_ids:
             ids.append(id)
-            if self.tokenizer.newline_id in ids:  # the line of metadata is complete
-                # All is decoded again, because a character may have several tokens.
-                metadata, text = self.split(ids)
-                text = f"{metadata}\n{text}" if metadata and with_metadata else text
-                yield text[shown:]
-                shown = max(shown, len(text))  # an incomplete character may disappear
-        if self.tokenizer.newline_id not in ids:  # there was no line of metadata
-            yield self.split(ids)[1]
+            # All is decoded again, because a character may have several tokens.
+            text = self.text_of(ids)
+            if self.tokenizer.newline_id not in ids:
+                # The first line may be metadata, which is stripped. So spaces wait for the newline.
+                text = "" if text[:1].isspace() else text.rstrip()
+            yield text[shown:]
+            shown = max(shown, len(text))  # an incomplete character may disappear
+        yield self.text_of(ids)[shown:]
 
     def why_cut(self, prompt_ids, ids):
         """→ which limit ended the answer, in words; None if it ended by itself"""
@@ -300,20 +304,21 @@ def reply(assistant, prompt):
 
 def run(args):
     """Does what the flags say. Raises ValueError or OSError with a message for the user."""
-    todo = answers.unanswered(args.input, args.output) if args.input else None
+    todo = answers.unanswered(args.input, args.output, args.keys) if args.input else None
     if args.merge_to is not None:
         check_free(args.merge_to)
-    commands.check_utf8(args.model)
-    model, tokenizer, system = load(args)
+    commands.check_utf8(args.model, args.tools)
+    model, tokenizer, preamble = load(args)
     if args.compare:  # before the adapter changes the model
         print("--- base")
-        reply(new_assistant(args, model, tokenizer, system), args.prompt)
+        reply(new_assistant(args, model, tokenizer, preamble), args.prompt)
         print("--- adapter")
     if not args.no_adapter:
         model = add_adapter(model, args.adapter, merge=not args.load_in)
     if args.merge_to is not None:
-        return merge_to(model, args.merge_to, system)
-    assistant = new_assistant(args, model, tokenizer, system)
+        return merge_to(model, args.merge_to, preamble.system)
+    preamble.warn_if_tools_are_not_listed(todo.records if todo else ())
+    assistant = new_assistant(args, model, tokenizer, preamble)
     if args.prompt is not None:
         reply(assistant, args.prompt)
     elif args.input:
@@ -323,22 +328,23 @@ def run(args):
 
 
 def load(args):
-    """→ (the base, its tokenizer, the system message). Raises ValueError or OSError: see run."""
+    """→ (the base, its tokenizer, a Preamble). Raises ValueError or OSError: see run."""
     path = bases.find_base(args.model, args.adapter, args.no_adapter) or chatglm.built_in_model()
     if path == str(chatglm.BUILT_IN):
         commands.announce_built_in_model(sys.stderr)
     tokenizer = data.ChatGLMTokenizer(path)
-    trained_system, trained_on = bases.trained_with(args.adapter)
-    system = args.system if args.system is not None else trained_system
+    trained = bases.trained_with(args.adapter)
+    system = args.system if args.system is not None else trained.system
     tokenizer.encode(system or "")  # raises ValueError for what is not UTF-8
+    tools = read_tools(args.tools) if args.tools else None
     use_base_dtype = args.merge_to is not None and args.dtype == "auto"
     dtype = bases.own_dtype(path) if use_base_dtype else args.dtype
     model = chatglm.load_model(path, args.device, dtype, args.load_in)
     tokenizer.check_fits(model.config.padded_vocab_size)
-    if trained_on and not args.no_adapter and not args.force:
+    if trained.base and not args.no_adapter and not args.force:
         found = bases.fingerprint(model, tokenizer.digest)
-        bases.check_same_base(found, trained_on, path, args.adapter)
-    return model, tokenizer, system
+        bases.check_same_base(found, trained.base, path, args.adapter)
+    return model, tokenizer, Preamble(system, tools, {} if args.no_adapter else trained.tools)
 
 
 def add_adapter(model, directory, merge=True):
@@ -352,7 +358,7 @@ def add_adapter(model, directory, merge=True):
     return model
 
 
-def new_assistant(args, model, tokenizer, system):
+def new_assistant(args, model, tokenizer, preamble):
     """Seeds, and compiles if asked to. → an Assistant that decodes as the flags say"""
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -362,7 +368,7 @@ def new_assistant(args, model, tokenizer, system):
         compile_decoding(model)
     use_graph = not args.load_in  # 8-bit products wait for the device; 4-bit has not been tried
     decoder = Decoder(model, choose, args.repetition_penalty, use_graph, args.compile)
-    return Assistant(decoder, tokenizer, system, args.max_new_tokens)
+    return Assistant(decoder, tokenizer, preamble, args.max_new_tokens)
 
 
 def parse_args(argv=None):
@@ -372,17 +378,19 @@ def parse_args(argv=None):
     group = parser.add_argument_group("what to do (without --prompt, --input, --merge-to: a chat)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", help="answer this user's message")
-    add("--input", nargs="+", metavar="FILE", help="answer these records, of train.py's kinds")
+    add("--input", nargs="+", metavar="FILE", help="answer these records, of train.py's formats")
     add("--merge-to", metavar="DIR", help="save base and adapter as one checkpoint")
     add = group.add_argument
     add("--compare", action="store_true", help="with --prompt: the base's answer first")
     add("--output", metavar="FILE", help="with --input: JSONL, each record with its prediction")
+    commands.add_keys_flag(add)
     add = parser.add_argument_group("model").add_argument
     add("--adapter", default=ADAPTER_DIR, metavar="DIR", help="an adapter of train.py or peft")
     add("--model", metavar="DIR_OR_HUB_ID", help="the base; without it, the adapter's")
     add("--no-adapter", action="store_true", help="answer with the base alone")
     add("--force", action="store_true", help="accept a base that the adapter was not trained on")
     add("--system", metavar="TEXT", help="system message; without it, the one trained with")
+    add("--tools", metavar="FILE", help="tools that an answer may call, as JSON")
     dtype = "auto: fp16 on CUDA, else fp32; with --merge-to, the base's"
     commands.add_device_flags(add, dtype)
     commands.add_load_in_flag(add)
@@ -407,6 +415,7 @@ def parse_args(argv=None):
         (merge and args.no_adapter, "--merge-to needs an adapter"),
         (merge and args.load_in, "--merge-to: a quantised base can't be merged; no --load-in"),
         (args.compile and args.load_in, "--compile does not work with --load-in"),
+        (args.keys and not args.input, "--keys needs --input"),
     ):
         if is_wrong:
             parser.error(message)

@@ -307,13 +307,14 @@ class Run:
         self.optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=fused)
         per_process = args.batch_size * args.gradient_accumulation_steps
         self.samples_per_update = per_process * processes.rank_and_count()[1]
-        self.updates_per_epoch = math.ceil(len(dataset) / self.samples_per_update)
+        self.updates_per_epoch = math.ceil(dataset.samples_per_epoch / self.samples_per_update)
         self.total_steps = args.max_steps or args.epochs * self.updates_per_epoch
 
     def order_of_epoch(self, epoch):
         """→ for each update of the epoch, the indices of its samples"""
+        indices = data.draw_epoch(self.dataset.parts, self.args.seed, epoch)
         lengths, size = self.dataset.lengths, self.samples_per_update
-        return data.update_order(lengths, size, self.args.seed, epoch)
+        return data.update_order(indices, lengths, size, self.args.seed, epoch)
 
     def places_of_samples(self, step):
         """→ the places in the files of the samples of update `step`, counted from 0"""
@@ -333,7 +334,9 @@ def prepare(args):
     checkpoint = find_checkpoint(args.output_dir, args.resume)
     path = chatglm.built_in_model() if args.model is None else resolve_base(args.model)
     tokenizer = data.ChatGLMTokenizer(path)
-    dataset = data.ConversationDataset(args.data, tokenizer, args.max_length, args.system)
+    dataset = data.ConversationDataset(
+        args.data, tokenizer, args.max_length, args.system, args.keys
+    )
     start = time.perf_counter()
     model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
     reports.describe_base(model, path, time.perf_counter() - start)
@@ -341,7 +344,7 @@ def prepare(args):
     if args.max_length > model.config.seq_length:
         most = f"this model takes at most {model.config.seq_length} tokens"
         raise ValueError(f"--max-length {args.max_length}: {most}")
-    args.base = fingerprint(model, tokenizer.digest)  # it is saved with the arguments
+    args.base, args.tools = fingerprint(model, tokenizer.digest), dataset.reader.about_tools()
     if checkpoint:
         peft_model = chatglm.load_adapter(model, checkpoint, is_trainable=True)
     else:
@@ -353,9 +356,7 @@ def prepare(args):
         peft_model = chatglm.add_lora(model, *lora)
     run = Run(args, peft_model, dataset, checkpoint)
     run.identity = run_identity(run)
-    input_ids, labels = dataset[0]
-    sample = reports.render(tokenizer, input_ids.tolist(), labels.tolist())
-    reports.describe_run(run, sample)
+    reports.describe_run(run, reports.render(tokenizer, *dataset[0]))
     if checkpoint:
         restore(run)
     return run
@@ -382,7 +383,9 @@ def parse_args(argv=None):
     parser = commands.new_parser(__doc__, usage="%(prog)s [options]")
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="DIR_OR_HUB_ID", help="the base; without it, the built-in tiny model")
-    add("--data", nargs="+", metavar="FILE", help="JSON or JSONL (default: dataset/sample.jsonl)")
+    times = "FILE:N stands for N times in an epoch, 0.5 or 2 (default: dataset/sample.jsonl)"
+    add("--data", nargs="+", metavar="FILE", help=f"JSON, JSONL, CSV or TSV; {times}")
+    commands.add_keys_flag(add)
     add("--system", metavar="TEXT", help="system message for conversations without one")
     add("--output-dir", default=ADAPTER_DIR, help="where the adapter and checkpoints go")
     add("--max-length", type=number(8), default=512, help="tokens to which longer samples are cut")
@@ -408,9 +411,7 @@ def parse_args(argv=None):
     add("--modules-to-save", nargs="+", metavar="NAME", help="modules to train and save whole")
     add = parser.add_argument_group("machine").add_argument
     commands.add_device_flags(add)
-    recompute = "blocks to recompute in backward, to save memory; auto: as few as possible"
-    options = dict(type=commands.number_of_blocks, default="auto", metavar="all|off|N|auto")
-    add("--gradient-checkpointing", **options, help=recompute)
+    commands.add_checkpointing_flag(add)
     commands.add_load_in_flag(add)
     add("--compile", action="store_true", help="compile: faster, after up to half a minute")
     graphs = "replay micro-steps as CUDA graphs (default: on CUDA, where that is possible)"
@@ -440,10 +441,8 @@ def main(argv=None):
         sys.exit(128 + signal.SIGINT)  # no update had begun: later, StopSignals receive it
     except Exception as error:
         processes.wait_if_not_first(error)
-        advice = "try --gradient-checkpointing all, or a smaller --batch-size"
-        commands.exit_with(
-            error, processes.named("train.py"), f"the GPU's memory ran out; {advice}"
-        )
+        advice = "out of memory; try --gradient-checkpointing all, or a smaller --batch-size"
+        commands.exit_with(error, processes.named("train.py"), advice)
 
 
 if __name__ == "__main__":

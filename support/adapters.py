@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from support.errors import first_few
+from support.files import check_no_lfs_pointer
 
 # The keys of adapter_config.json that are plain LoRA, and the types of their values. Whatever else
 # peft knows changes the network, the base's weights or the input, and is refused.
@@ -101,6 +102,7 @@ def weights_file(directory):
     if not file.is_file() or not (directory / "adapter_config.json").is_file():
         needed = "adapter_config.json and adapter_model.safetensors"
         raise ValueError(f"{directory}: no adapter here ({needed})")
+    check_no_lfs_pointer(file)
     return file
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from support.commands import bar_options
 from support.errors import one_a_line
 from support.files import locked
-from support.records import read_records
+from support.records import RecordReader, in_batches
 
 PREDICTION = ("prediction", "prediction_metadata")  # the keys that an answer adds to its record
 
@@ -28,6 +28,7 @@ class Unanswered(NamedTuple):
     done: int  # how many records have an answer
     end: int  # how many bytes of --output their lines take
     size: int  # how many bytes --output has
+    unread: str  # the keys of the records that are not read, in words
 
 
 def without_prediction(value):
@@ -45,9 +46,10 @@ def _record_key(value):
     return json.dumps(without_prediction(value), sort_keys=True)
 
 
-def unanswered(input_files, output):
+def unanswered(input_files, output, keys=None):
     """→ Unanswered. Raises ValueError for an `output` that does not belong to these files."""
-    records = read_records(input_files, prompts=True)
+    reader = RecordReader(input_files, is_prompt=True, keys=keys)
+    records = [record for batch in in_batches(reader, 1000) for record in batch]
     file = Path(output)
     _check_writable(output)
     if file.exists() and any(file.samefile(each) for each in input_files):
@@ -69,7 +71,7 @@ def unanswered(input_files, output):
             remaining[key] -= 1
             left.append(record)
     end = sum(len(line) + 1 for line in lines)
-    return Unanswered(left, len(lines), end, size=end + len(unfinished))
+    return Unanswered(left, len(lines), end, end + len(unfinished), reader.about_unread())
 
 
 def _check_writable(output):
@@ -107,6 +109,10 @@ def answer_all(assistant, todo, output, batch_size):
     ValueError for records that are too long, before any is answered.
     """
     jobs = sorted(_encode(assistant, todo.records), key=lambda job: len(job[0]))
+    if not todo.records:
+        print("(all records were answered before)", file=sys.stderr)
+    if todo.unread:
+        print(f"({todo.unread})", file=sys.stderr)
     cut = 0  # answers
     done = dict(total=todo.done + len(jobs), initial=todo.done, unit="answer")
     bar = tqdm(**done, **bar_options())
@@ -124,7 +130,7 @@ def answer_all(assistant, todo, output, batch_size):
                     ids_of[row].append(id)
                     continue
                 cut += assistant.why_cut(prompts[row], ids_of[row]) is not None
-                metadata, content = assistant.split(ids_of[row])
+                metadata, content = assistant.split(ids_of[row], records[row].messages)
                 line = without_prediction(records[row].value) | {"prediction": content}
                 line |= {"prediction_metadata": metadata} if metadata else {}
                 file.write(as_line(line))

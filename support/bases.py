@@ -10,6 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -17,7 +18,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from support.checkpoints import list_checkpoints
 from support.config import ADAPTER_DIR, DTYPES
-from support.files import as_bytes, read_json
+from support.files import as_bytes, check_no_lfs_pointer, read_json
 
 SIZES = (
     "num_layers",
@@ -145,6 +146,9 @@ def check_files(path):
     """Raises ValueError if `path` is an adapter, or an index names a file outside its directory."""
     if find_adapter_config_file(path):  # transformers would load the base that the adapter names
         raise ValueError("it is an adapter (adapter_config.json), not a base")
+    for pattern in ("*.safetensors", "*.bin", "*.json"):
+        for file in Path(path).glob(pattern):
+            check_no_lfs_pointer(file)
     for index in Path(path).glob("*.index.json"):
         for name in json.loads(index.read_text("utf-8"))["weight_map"].values():
             if not isinstance(name, str) or Path(name).name != name:
@@ -189,14 +193,22 @@ def check_same_base(found, trained_on, path, adapter):
             )
 
 
-def trained_with(adapter_dir):
-    """→ (the system message, the base's fingerprint) that an adapter was trained with.
+class TrainedWith(NamedTuple):
+    """What an adapter was trained with. Of an adapter of another program, nothing is known."""
 
-    (None, {}) for an adapter of another program. Raises ValueError if the file is damaged.
-    """
+    system: str | None  # the system message
+    base: dict  # the base's fingerprint; {} if it is not known
+    tools: dict  # records.RecordReader.about_tools; {} if it is not known
+
+
+def trained_with(adapter_dir):
+    """→ TrainedWith. Raises ValueError if the file is damaged."""
     file = Path(adapter_dir, "training_args.json")
     arguments = read_json(file) if file.exists() else {}
-    system, base = arguments.get("system"), arguments.get("base") or {}
-    if not isinstance(system, str | None) or not isinstance(base, dict):
+    system, base, tools = (arguments.get(name) for name in TrainedWith._fields)
+    base, tools = base or {}, tools or {}
+    are_right = isinstance(system, str | None) and isinstance(base, dict)
+    names = tools.get("names") if isinstance(tools, dict) else "damaged"
+    if not are_right or not (names is None or isinstance(names, list)):
         raise ValueError(f"{file}: damaged; copy it again, or train the adapter again")
-    return system, base
+    return TrainedWith(system, base, tools)

@@ -104,9 +104,9 @@ class Chat:
         self.assistant.tokenizer.encode(text)  # raises ValueError for what is not UTF-8
         is_new = bool(text.strip())
         if is_new:
-            self.turns, self.assistant.system = [], text
+            self.turns, self.assistant.preamble.system = [], text
         told = "; a new conversation" if is_new else ""
-        say(f"(system message: {self.assistant.system or 'none'}{told})")
+        say(f"(system message: {self.assistant.preamble.system or 'none'}{told})")
 
     def prepare(self, asked):
         """→ (the turns of `asked` that have room, the ids of their prompt). Raises ValueError."""
@@ -122,7 +122,7 @@ class Chat:
         new_ids = itertools.takewhile(
             lambda _: not self.was_interrupted, assistant.answer(prompt_ids)
         )
-        for piece in assistant.stream(new_ids, ids, with_metadata=True):
+        for piece in assistant.stream(new_ids, ids):
             print(piece, end="", flush=True)
         print()
         metadata, content = assistant.split(ids)

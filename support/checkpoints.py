@@ -184,6 +184,8 @@ MAY_CHANGE = (
     "model",
     "base",
     "data",
+    "keys",
+    "tools",
     "device",
     "dtype",
     "batch_size",

@@ -12,6 +12,7 @@ import transformers
 
 from support.config import DTYPES
 from support.errors import one_line, printable
+from support.formats import RECORD_KEYS
 
 
 def number(low, high=10**9):
@@ -64,6 +65,26 @@ def add_device_flags(add, dtype="of the base and autocast; auto: fp16 on CUDA, e
 
 def add_load_in_flag(add):
     add("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
+
+
+def add_checkpointing_flag(add):
+    recompute = "blocks to recompute in backward, to save memory; auto: as few as possible"
+    options = dict(type=number_of_blocks, default="auto", metavar="all|off|N|auto")
+    add("--gradient-checkpointing", **options, help=recompute)
+
+
+def add_keys_flag(add):
+    options = dict(nargs="+", type=renamed_key, metavar="OLD=NEW")
+    add("--keys", **options, help="rename keys of the records: --keys content=instruction")
+
+
+def renamed_key(text):
+    """A type for argparse: OLD=NEW → (OLD, NEW), of which NEW is a key that is read."""
+    old, _, new = text.rpartition("=")
+    if not old or new not in RECORD_KEYS:
+        what = f"must be OLD=NEW, and NEW one of {', '.join(sorted(RECORD_KEYS))}"
+        raise argparse.ArgumentTypeError(f"{what}; not {text!r}")
+    return old, new
 
 
 def check_utf8(*texts):

@@ -4,7 +4,12 @@ The project raises ValueError (and lets OSError pass) with a message that is wri
 The commands print it without a traceback: see support/commands.py.
 """
 
+import math
 import pickle
+
+
+class DataError(ValueError):
+    """What is wrong with data files: one line for each fault, with its place and the remedy."""
 
 
 def printable(text, most=300):
@@ -13,6 +18,13 @@ def printable(text, most=300):
     Names that come out of a file need this: they may hold anything and be of any length.
     """
     return text[:most] if text.isprintable() else repr(text[:most])
+
+
+def escaped(text):
+    """`text` with each line break and terminal code written as Python writes it"""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def one_line(error):
@@ -41,3 +53,11 @@ def one_a_line(faults, where="", most=20):
     if len(faults) > most:
         lines.append(f"{where}and {len(faults) - most} more")
     return "\n".join(lines)
+
+
+def kind_of(value):
+    """What a JSON value is, in words."""
+    if isinstance(value, float) and math.isnan(value):
+        return 'NaN (pandas writes it for an empty cell; write "" instead)'
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true/false"}
+    return kinds.get(type(value), "null" if value is None else "a number")

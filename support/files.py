@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save as safetensors_bytes
 
 LOCK = ".train.lock"  # the name of a directory's lock file
+LFS_START = b"version https://git-lfs.github.com/spec/"  # a Git LFS pointer begins so
+LFS_POINTER = "a Git LFS pointer, not the file; run `git lfs pull`, or download it again"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # what a file system without locks says
 
 
@@ -28,6 +30,13 @@ def as_bytes(content):
 def sha256(content):
     """The digest of some bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def check_no_lfs_pointer(file):
+    """Raises ValueError if Git has put a pointer in the place of this file."""
+    with open(file, "rb") as opened:
+        if opened.read(len(LFS_START)) == LFS_START:
+            raise ValueError(f"{Path(file).name} is {LFS_POINTER}")
 
 
 def read_json(file):

@@ -9,11 +9,11 @@ from support.processes import are_several
 
 
 def longest_samples(dataset, count):
-    """→ samples for a micro-batch that needs as much memory as any can.
+    """→ samples for a micro-batch. No other one needs more memory.
 
-    All are as long as the longest, and have as many supervised tokens as any sample has.
+    All have the length of the longest sample, and the most supervised tokens of any sample.
     """
-    most = max(int((labels[1:] != IGNORE).sum()) for _, labels in dataset)
+    most = max(dataset.supervised)
     input_ids, _ = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
     is_supervised = torch.arange(len(input_ids)) >= len(input_ids) - most
     return [(input_ids, input_ids.where(is_supervised, IGNORE))] * min(count, len(dataset))
@@ -31,8 +31,8 @@ class Trial:
         params = optimizer.param_groups[0]["params"]
         self.device = params[0].device
         self.is_needed = self.device.type == "cuda" or is_compiled
-        # Training will hold more: AdamW's moments, if they are not there yet, and with several
-        # processes the message that sums the gradients.
+        # Training will need more memory: for AdamW's two moments, if they are not there yet, and
+        # for the message that sums the gradients of several processes.
         copies = 0 if optimizer.state else 2
         copies += 1 if are_several() else 0
         self.stand_ins = [torch.empty_like(param) for param in params for _ in range(copies)]
@@ -56,10 +56,10 @@ class Trial:
             return False
 
     def run_again(self, micro_step, divisor):
-        """As training does: beside the gradients, with less memory free, and beside a graph.
+        """Repeats the step as training will run it: the gradients exist, and then a graph does.
 
-        Training finds memory in other pieces than the trial did, and can use less of it. So a
-        twentieth of what the first run needed must stay free.
+        A twentieth of what the first run needed must stay free, because training finds the free
+        memory in other pieces than the trial did, and can use less of it.
         """
         margin = torch.empty(
             torch.cuda.max_memory_allocated() // 20, dtype=torch.uint8, device=self.device
@@ -83,6 +83,7 @@ class Trial:
         if self.device.type == "cuda":
             where = f"for the longest micro-batch, {self.size}"
             print(f"memory   {self.peak / 2**30:.1f} GiB {where}, {blocks} (tried in {took})")
+            torch.cuda.reset_peak_memory_stats()  # report_result prints the peak of training
         elif self.is_needed:
             print(f"compiled in {took}")
 

@@ -29,6 +29,13 @@ def start(device):
         sys.stdout = open(os.devnull, "w")  # only the first process prints
 
 
+def cores():
+    """→ how many cores this process may use, if all processes of the machine share them"""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def rank_and_count():
     """→ (the number of this process, counted from 0; how many there are)"""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,214 +1,182 @@
-"""Data files → messages, and what is wrong with them, by file and line.
+"""Reads the records of data files, tells every fault with its place, and counts what is not used.
 
-    [{"instruction": "1+1?", "input": "", "output": "2"}, …]         a JSON list of records, or
-    {"conversations": [{"role": "user", "content": "1+1?"}, …]}      JSONL: one record on each line
-
-An instruction record is one question and its answer. A conversation record has a list of messages:
-{"role": system|user|assistant|observation, "content": str, "metadata": str (optional)}. A file may
-hold both kinds, and the two kinds of file are told apart by their content.
+support/data_files.py reads a file, support/formats.py a record.
 """
 
-import difflib
-import json
+import collections
+import gc
+import itertools
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from support.errors import one_a_line
+from tqdm import tqdm
 
-ROLES = ("system", "user", "assistant", "observation")
-MAY_FOLLOW = {  # the roles that may come after a role
-    "the start": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "observation", "assistant"),
-    "observation": ("assistant",),
-}
-OTHER_FORMATS = {  # keys of other formats, and what says the same here
-    "from": "role",
-    "value": "content",
-    "messages": "conversations",
-    "history": "conversations",
-    "system": "--system, or conversations",
-    "prompt": "instruction",
-    "query": "input",
-    "response": "output",
-}
-
-
-class DataError(ValueError):
-    """What is wrong with data files: one line for each fault, with its place and the remedy."""
+from support.commands import bar_options
+from support.data_files import read_values
+from support.errors import DataError, escaped, one_a_line, printable
+from support.formats import ANSWER_KEYS, read_record
+from support.preamble import Preamble
+from support.processes import rank_and_count
+from support.tools import is_tools_message, names_of_tools
 
 
 class Record(NamedTuple):
+    file_number: int  # of the file that it came from, counted from 0
     place: str  # "file:line", or "file: record N" in a JSON list
     value: dict  # the record as it was in the file
     messages: list
 
 
-def read_conversations(files):
-    """→ [(place, messages)] of all records. Raises DataError: see read_records."""
-    return [(record.place, record.messages) for record in read_records(files)]
+class RecordReader:
+    """Reads the records of `files`. Iterating over it yields Records, one pass for each reader.
 
+    At the end it raises DataError with the first 20 faults of each file. After the first fault it
+    yields nothing more.
 
-def read_records(files, prompts=False):
-    """→ [Record] of all `files`. Raises DataError with the first 20 faults of each file.
+    preamble: what conversations begin with. is_prompt: records are questions. An answer may be
+    missing, and the messages are those before the last answer. keys: (old, new) pairs; keys of
+    records are renamed.
 
-    With `prompts`, records are questions to answer: an answer may be missing, and the messages are
-    those that come before the last answer.
+    Counts of what was read:
+    unread: {key: number of records that have it, but it is not read}
+    not_learnt: assistant's messages with loss False
+    unanswered: questions at the end of a conversation, which are dropped
+    tool_names: of the tools that were listed or called; None if the name of one can't be told
+    lists_tools: whether a record has a list of tools
     """
-    records, faults = [], []
-    for file in map(Path, files):
-        found, wrong = [], []
-        for place, value, fault in _values(file):
-            try:
-                if fault:
-                    raise DataError(fault)
-                found.append(Record(place, value, _messages(value, prompts)))
-            except DataError as error:
-                wrong.append(f"{place}: {error}")
-        if not found and not wrong:
-            wrong = [f"{file}: the file is empty: it has no records"]
-        records += found
-        faults += [one_a_line(wrong, f"{file}: ")] if wrong else []
-    if faults:
-        raise DataError("\n".join(faults))
-    return records
 
+    def __init__(self, files, preamble=None, is_prompt=False, keys=None):
+        self.files, self.is_prompt = [Path(file) for file in files], is_prompt
+        self.preamble = preamble or Preamble()
+        self.keys = dict(keys or ())
+        if len(self.keys) < len(keys or ()):
+            raise DataError("--keys: an old name is given twice; leave one out")
+        self.unread, self.not_learnt, self.unanswered = collections.Counter(), 0, 0
+        self.tool_names, self.lists_tools = set(), False
+        self.renamed = set()  # the keys of `keys` that were found
 
-# --- from a file to JSON values ---------------------------------------------------------------
+    def __iter__(self):
+        faults = []
+        for file_number, file in enumerate(self.files):
+            wrong, is_empty = [], True
+            for place, value, fault in read_values(file):
+                is_empty = False
+                try:
+                    if fault:
+                        raise DataError(fault)
+                    messages = self._messages(value)
+                    if not (faults or wrong):
+                        messages = self.preamble.added_to(messages)
+                        yield Record(file_number, place, value, messages)
+                except DataError as error:
+                    wrong.append(f"{place}: {escaped(str(error))}")  # it may quote the record
+                except RecursionError:
+                    wrong.append(f"{place}: not usable: lists or objects are nested too deeply")
+            if is_empty:
+                wrong = [f"{file}: it has no records"]
+            faults += [one_a_line(wrong, f"{file}: ")] if wrong else []
+        for old in sorted(self.keys.keys() - self.renamed):
+            if not (self.is_prompt and self.keys[old] in ANSWER_KEYS):  # questions may have none
+                faults.append(f"--keys {old}={self.keys[old]}: no record has the key {old!r}")
+        if faults:
+            raise DataError("\n".join(faults))
 
+    def about_tools(self):
+        """→ what an adapter keeps in training_args.json"""
+        names = None if self.tool_names is None else sorted(self.tool_names)
+        return {"names": names, "are_listed": self.lists_tools}
 
-def _values(path):
-    """Yields (place, value, None) for each JSON value, (place, None, fault) for anything else."""
-    try:
-        if path.is_char_device():  # /dev/zero would never end
-            raise OSError("not a file")
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        yield str(path), None, f"{error.strerror or error}; check the path"
-        return
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        yield f"{path}:{line}", None, "not UTF-8; save the file as UTF-8"
-        return
-    if text.lstrip().startswith("["):
-        values, line, fault = _parse(text)
-        if fault:
-            yield f"{path}:{line}", None, fault
-        else:
-            for number, value in enumerate(values, 1):
-                yield f"{path}: record {number}", value, None
-    elif _is_one_object_over_lines(text):
-        fault = "one object over several lines; use a list of objects, or one object a line"
-        yield f"{path}:1", None, fault
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                value, _, fault = _parse(line)
-                yield f"{path}:{number}", value, fault
+    def about_unread(self, most=10):
+        """→ the keys that are not read, in words; "" if there are none"""
+        counts = self.unread.most_common()
+        named = [f"{printable(key) or repr(key)} ({count:,}" for key, count in counts[:most]]
+        if not counts:
+            return ""
+        named[0] += " record" if counts[0][1] == 1 else " records"
+        told = ", ".join(f"{each})" for each in named)  # id (119 records), source (40)
+        told += f", and {len(counts) - most} more keys" if len(counts) > most else ""
+        return f"not read: {told}"
 
-
-def _is_one_object_over_lines(text):
-    first_line, newline, _ = text.strip().partition("\n")
-    return bool(newline and _parse(first_line)[2] and not _parse(text)[2])
-
-
-def _parse(text):
-    """→ (value, the line of a fault, fault or None)"""
-    try:
-        return json.loads(text), 1, None
-    except json.JSONDecodeError as error:
-        where = f"{error.msg} at column {error.colno}"
-        return None, error.lineno, f"not JSON ({where}); give a JSON list, or JSONL"
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        return None, 1, f"not usable JSON ({error})"
-
-
-# --- from a JSON value to messages ------------------------------------------------------------
-
-
-def _messages(value, prompts):
-    """Raises DataError with the first thing that is wrong."""
-    if not isinstance(value, dict):
-        raise DataError(f"not an object but {_kind(value)}; a record is {{...}}")
-    if "conversations" in value:
-        return _conversation(value["conversations"], prompts)
-    return _instruction(value, prompts)
-
-
-def _instruction(record, prompts):
-    required = ("instruction",) if prompts else ("instruction", "output")
-    _check_keys(record, required, ("input", "output", "conversations"))
-    question = "\n".join(filter(None, (record["instruction"], record.get("input"))))
-    if not question.strip():
-        raise DataError("empty question: 'instruction' and 'input' are both empty")
-    messages = [{"role": "user", "content": question}]
-    if prompts:
+    def _messages(self, value):
+        unread = set()
+        if self.keys and isinstance(value, dict):
+            value = self._rename(value)
+        messages = read_record(value, self.is_prompt, unread)
+        messages = self._up_to_question(messages) if self.is_prompt else self._to_learn(messages)
+        self.unread.update(unread)
+        # Only such messages list tools or call them.
+        if messages[0]["role"] == "system" or any("metadata" in m for m in messages):
+            found = names_of_tools(messages)
+            if found is None or self.tool_names is None:
+                self.tool_names = None
+            else:
+                self.tool_names |= found
+            self.lists_tools |= is_tools_message(messages[0])
         return messages
-    if not record["output"].strip():
-        raise DataError("empty answer: 'output' has no text")
-    return [*messages, {"role": "assistant", "content": record["output"]}]
+
+    def _rename(self, value):
+        self.renamed |= value.keys() & self.keys.keys()
+        new = {self.keys.get(key, key): each for key, each in value.items()}
+        if len(new) < len(value):
+            raise DataError("--keys gives two keys of this record one name")
+        return new
+
+    def _to_learn(self, messages):
+        if messages[-1]["role"] == "user":
+            messages.pop()
+            self.unanswered += 1
+        answers = [message for message in messages if message["role"] == "assistant"]
+        not_learnt = sum("loss" in message for message in answers)
+        if len(answers) == not_learnt:
+            why = "every answer has loss false, or weight 0" if answers else "it has no answer"
+            raise DataError(f"nothing to learn: {why}; remove it")
+        self.not_learnt += not_learnt
+        return messages
+
+    def _up_to_question(self, messages):
+        if messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages or messages[-1]["role"] == "system":
+            raise DataError("there is nothing to answer")
+        return messages
 
 
-def _conversation(messages, prompts):
-    if not isinstance(messages, list):
-        raise DataError(f"'conversations' must be a list of messages, not {_kind(messages)}")
-    if not messages:
-        raise DataError("'conversations' has no messages")
-    before = "the start"
-    for number, message in enumerate(messages, 1):
-        try:
-            _check_message(message, before)
-        except DataError as error:
-            raise DataError(f"message {number}: {error}") from None
-        before = message["role"]
-    if prompts:
-        if before == "system":
-            raise DataError("there is nothing to answer after the system's message")
-        return messages[:-1] if before == "assistant" else messages
-    if before != "assistant":
-        raise DataError(f"a conversation must end with an assistant's message, not {before}")
-    return messages
+def in_batches(records, size):
+    """Yields lists of `size` records. A bar appears after two seconds."""
+    shown = dict(desc="reading", unit=" records", delay=2, leave=False)
+    bar = tqdm(records, disable=rank_and_count()[0] > 0, **shown, **bar_options())
+    iterator = iter(bar)
+    gc.freeze()  # else each garbage collection would visit all objects of all libraries
+    try:
+        while batch := [*itertools.islice(iterator, size)]:
+            yield batch
+    finally:
+        gc.unfreeze()
 
 
-def _check_message(message, before):
-    if not isinstance(message, dict):
-        raise DataError(f"not an object but {_kind(message)}")
-    _check_keys(message, ("role", "content"), ("metadata",))
-    role = message["role"]
-    if role not in ROLES:
-        raise DataError(f"unknown role {role!r}; roles are {', '.join(ROLES)}")
-    if role not in MAY_FOLLOW[before]:
-        expected = " or ".join(MAY_FOLLOW[before])
-        raise DataError(f"wrong order of roles: {role} after {before}; expected {expected}")
-    if role in ("user", "assistant") and not message["content"].strip():
-        what = "answer" if role == "assistant" else "question"
-        raise DataError(f"empty {what}: the {role}'s content has no text")
-    if "\n" in message.get("metadata", ""):
-        raise DataError("'metadata' must be one line")
+def one_ahead(function, items):
+    """Yields (item, function(item)). A thread computes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        before = None
+        for item in items:
+            result = thread.submit(function, item)
+            if before:
+                yield before[0], before[1].result()
+            before = item, result
+        if before:
+            yield before[0], before[1].result()
 
 
-def _check_keys(record, required, optional):
-    """The required keys are there, no key looks like a misspelt one, and values are proper text."""
-    known = dict.fromkeys((*required, *optional))
-    absent = [key for key in known if key not in record]
-    for key, value in record.items():
-        if key in known:
-            if not isinstance(value, str):
-                raise DataError(f"{key!r} must be a string, not {_kind(value)}")
-            if re.search("[\ud800-\udfff]", value):
-                raise DataError(f"{key!r} has half of a surrogate pair, which is not a character")
-        elif key in OTHER_FORMATS:
-            raise DataError(f"the key {key!r} is not read; use {OTHER_FORMATS[key]}")
-        elif close := difflib.get_close_matches(key, absent, n=1, cutoff=0.75):
-            raise DataError(f"unknown key {key!r}; did you mean {close[0]!r}?")
-    for key in required:
-        if key not in record:
-            there = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise DataError(f"missing key {key!r} (the keys here: {there})")
-
-
-def _kind(value):
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true/false"}
-    return kinds.get(type(value), "null" if value is None else "a number")
+def split_times(name):
+    """FILE:N → (FILE, N): how many times a file is used, which is 1 without ":N"."""
+    match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", str(name), re.DOTALL)
+    if match is None or Path(name).exists():
+        file, colon, number = str(name).rpartition(":")
+        if colon and Path(file).is_file() and not Path(name).exists():
+            raise DataError(f"{name}: {number!r} is no number of times that {file} is used")
+        return name, 1.0
+    if not 0 < float(match[2]) <= 1000:
+        raise DataError(f"{name}: the number must be more than 0, and at most 1000")
+    return match[1], float(match[2])

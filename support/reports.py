@@ -14,9 +14,9 @@ from support.processes import rank_and_count
 
 
 def render(tokenizer, input_ids, labels):
-    """A sample as text, with its supervised parts between ⟦ and ⟧."""
+    """A sample, two tensors, as text, with its supervised parts between ⟦ and ⟧."""
     text = ""
-    pairs = zip(input_ids, labels, strict=True)
+    pairs = zip(input_ids.tolist(), labels.tolist(), strict=True)
     for is_supervised, group in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE):
         ids = [id for id, _ in group]
         part = tokenizer.decode(ids) + ("</s>" if ids[-1] == tokenizer.eos_id else "")
@@ -35,12 +35,13 @@ def describe_run(run, sample):
     """Prints what will be trained, so that the user can check it. `sample` is rendered text."""
     args, dataset, params = run.args, run.dataset, run.optimizer.param_groups[0]["params"]
     lengths, total = sorted(dataset.lengths), sum(dataset.lengths)
-    share = f"{dataset.supervised / total:.1%} of them supervised"
+    share = f"{sum(dataset.supervised) / total:.1%} of them supervised"
     middle, longest = lengths[len(lengths) // 2], lengths[-1]
     has = f"a sample has {total / len(lengths):.1f} (median {middle}, longest {longest})"
     print(f"data     {len(lengths):,} samples: {total:,} tokens, {share}; {has}")
     lost = f"{dataset.cut} cut, {dataset.dropped} dropped"
     print(f"         longer than --max-length {args.max_length}: {lost}")
+    describe_unused(dataset)
     print(f"sample   {dataset.places[0]}, supervised between ⟦ and ⟧:")
     print(textwrap.indent(sample, "         "))
     count = f"{sum(p.numel() for p in params):,} parameters in {len(params)} tensors"
@@ -51,6 +52,21 @@ def describe_run(run, sample):
     processes = rank_and_count()[1]
     size += f" × {processes} processes" if processes > 1 else ""
     print(f"updates  {run.total_steps:,}, each of {size}", flush=True)
+
+
+def describe_unused(dataset):
+    """Prints what of the records is not used, by reason, and how much an epoch uses."""
+    reader = dataset.reader
+    reasons = {
+        "answers with loss false are not learnt": reader.not_learnt,
+        "last questions without an answer are dropped": reader.unanswered,
+    }
+    told = [f"{count:,} {what}" for what, count in reasons.items() if count]
+    told += [reader.about_unread()] if reader.unread else []
+    if dataset.samples_per_epoch != len(dataset):
+        told.append(f"an epoch has {dataset.samples_per_epoch:,} samples")
+    for line in told:
+        print(f"         {line}")
 
 
 def report_result(run):

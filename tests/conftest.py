@@ -25,6 +25,7 @@ import model as chatglm
 import train
 from support import bases
 from support.checkpoints import STATE, list_checkpoints
+from support.records import RecordReader
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -84,6 +85,11 @@ def random_samples(lengths, vocab_size, seed=0):
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
     return path
+
+
+def read_conversations(files):
+    """→ [(place, messages)] of all records"""
+    return [(record.place, record.messages) for record in RecordReader(files)]
 
 
 # --- models and adapters ----------------------------------------------------------------------

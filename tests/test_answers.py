@@ -18,7 +18,7 @@ import model as chatglm
 from support import answers
 from support.answers import without_prediction
 from support.files import locked
-from support.records import read_records
+from support.records import RecordReader
 
 Q, R = {"instruction": "q"}, {"instruction": "r"}
 
@@ -41,7 +41,7 @@ def test_a_batch_is_killed_and_run_again(trained, tmp_path):
     common = [str(flag) for flag in [*flags, "--output"]]
     infer.main([*common, str(tmp_path / "whole.jsonl")])
     wanted = read_jsonl(tmp_path / "whole.jsonl")
-    records = [record.value for record in read_records([data.SAMPLE])]
+    records = [record.value for record in RecordReader([data.SAMPLE])]
     assert as_text(map(without_prediction, wanted)) == as_text(records)
     right = [line["prediction"] == line["output"] for line in wanted if "output" in line]
     assert sum(right) >= 0.9 * len(right) > 50

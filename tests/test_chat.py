@@ -23,6 +23,7 @@ import infer
 import model as chatglm
 from support.chat import chat
 from support.config import ChatGLMConfig
+from support.preamble import Preamble
 
 # --- in a terminal, and over a pipe -----------------------------------------------------------
 
@@ -190,7 +191,7 @@ def talk(tokenizer, monkeypatch, capsys):
         with open(os.devnull) as stdin, monkeypatch.context() as patch:
             patch.setattr("builtins.input", typed)
             patch.setattr(sys, "stdin", stdin)
-            chat(infer.Assistant(decoder, tokenizer, system, max_new_tokens))
+            chat(infer.Assistant(decoder, tokenizer, Preamble(system), max_new_tokens))
         return decoder.prompts, *capsys.readouterr()
 
     yield talk

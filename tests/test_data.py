@@ -108,7 +108,202 @@ def test_labels_of_a_conversation_with_tools(tokenizer):
     assert data.encode_prompt(tokenizer, messages[:2]) == before
     assert data.split_answer(tokenizer, call[:-1]) == ("tool", "call()")
     assert data.split_answer(tokenizer, answer) == ("", "Warm.")
-    assert "⟦tool\n call()<|observation|>⟧" in render(tokenizer, input_ids, labels)
+    sample = torch.tensor(input_ids), torch.tensor(labels)
+    assert "⟦tool\n call()<|observation|>⟧" in render(tokenizer, *sample)
+
+
+def test_a_turn_with_loss_false_is_not_learnt(tokenizer):
+    """None of its tokens, nor the role id that ends it."""
+    marked = [MESSAGES[0], MESSAGES[1] | {"loss": False}, *MESSAGES]
+    unmarked = data.encode_conversation(tokenizer, [*MESSAGES, *MESSAGES])[0]
+    input_ids, labels = data.encode_conversation(tokenizer, marked)
+    answer = [*ids_of(tokenizer, "\n", "2"), tokenizer.eos_id]
+    assert input_ids == unmarked
+    assert labels == [IGNORE] * (len(input_ids) - len(answer)) + answer
+
+
+# --- the formats of records; support/formats.py reads them ------------------------------------
+
+# The ids were written down from sentencepiece's own encoding with the built-in vocabulary.
+IDS = {
+    "a question": [1401, 1403, 1406, 923, 13, 448, 46, 982, 945, 1407, 923, 13, 923, 53, 2],
+    "two questions": [
+        *(1401, 1403, 1405, 923, 13, 312, 934, 934, 939, 1406, 923, 13, 448, 46, 982, 945, 1407),
+        *(923, 13, 923, 53, 1406, 923, 13, 350, 928, 945, 1407, 923, 13, 294, 404, 939, 2),
+    ],
+    "a tool": [
+        *(1401, 1403, 1405, 923, 13, 478, 493, 270, 289, 765, 598, 281, 923, 770, 589, 473, 927),
+        *(263, 927, 278, 589, 263, 927, 297, 497, 939, 495, 326, 925, 403, 263, 944, 472, 927),
+        *(304, 270, 289, 765, 598, 281, 304, 765, 927, 61, 13, 94, 13, 923, 923, 923, 923, 37),
+        *(946, 61, 923, 988, 37, 13, 96, 1406, 923, 13, 259, 945, 1407, 923, 13, 268, 925, 303),
+        *(939, 1407, 289, 13, 923, 99, 99, 99, 526, 399, 311, 13, 528, 765, 1193, 944, 338, 43),
+        *(1098, 64, 42, 88, 42, 44, 13, 99, 99, 99, 1408, 923, 13, 776, 1407, 923, 13, 776, 939),
+        2,
+    ],
+}
+USER, CALL = {"role": "user", "content": "t?"}, {"name": "f", "arguments": {"z": "U"}}
+OPENAI_CALL = {"id": "c1", "function": {"name": "f", "arguments": '{"z": "U"}'}}
+RESULT, END = {"role": "tool", "tool_call_id": "c1", "content": "7"}, ("assistant", "7.")
+WAIT = {"role": "assistant", "content": "Wait."}
+TOOL_TURN = {"role": "tool", "name": "f", "parameters": {"z": "U"}, "observation": 7}
+NATIVE_CALL = {
+    "role": "assistant",
+    "metadata": "f",
+    "content": "```python\ntool_call(z='U')\n```",
+}
+LISTED = (
+    "Answer the following questions as best as you can. You have access to the following tools:\n"
+    '[\n    "f: x"\n]'
+)
+
+
+def turns(*pairs, role="role", content="content"):
+    """(a role, a text) → a turn; turns stay as they are"""
+    return [pair if isinstance(pair, dict) else {role: pair[0], content: pair[1]} for pair in pairs]
+
+
+QUESTION_TURNS = [("user", "1+1?"), ("assistant", "2"), ("user", "So?"), ("assistant", "Two.")]
+SHAREGPT_TURNS = [("human", "1+1?"), ("gpt", "2"), ("human", "So?"), ("gpt", "Two.")]
+FORMATS = {
+    "Alpaca": ("a question", {"instruction": "1+1?", "input": "", "output": "2"}),
+    "Alpaca, input": ("a question", {"instruction": "", "input": "1+1?", "output": "2"}),
+    "prompt and response": ("a question", {"prompt": "1+1?", "response": "2"}),
+    "query and response": ("a question", {"query": "1+1?", "response": "2", "history": None}),
+    "CSV": ("a question", "instruction,output\n1+1?,2\n"),
+    "TSV": ("a question", "prompt\tresponse\n1+1?\t2\n"),
+    "Alpaca, history": (
+        "two questions",
+        {"instruction": "So?", "output": "Two.", "system": "Add.", "history": [["1+1?", "2"]]},
+    ),
+    "query, history": (
+        "two questions",
+        {"query": "So?", "response": "Two.", "system": "Add.", "history": [["1+1?", "2"]]},
+    ),
+    "conversations": (
+        "two questions",
+        {"conversations": turns(("system", "Add."), *QUESTION_TURNS)},
+    ),
+    "messages": ("two questions", {"system": "Add.", "messages": turns(*QUESTION_TURNS)}),
+    "content parts": (
+        "two questions",
+        {
+            "messages": [
+                turn | {"content": [{"type": "text", "text": turn["content"]}]}
+                for turn in turns(("system", "Add."), *QUESTION_TURNS)
+            ]
+        },
+    ),
+    "ShareGPT": (
+        "two questions",
+        {
+            "system": "Add.",
+            "conversations": turns(*SHAREGPT_TURNS, role="from", content="value"),
+        },
+    ),
+    "the official guide": (
+        "a tool",
+        {"tools": ["f: x"], "conversations": turns(USER, WAIT, TOOL_TURN, END)},
+    ),
+    "tools of a system message": (
+        "a tool",
+        {"messages": turns({"role": "system", "tools": ["f: x"]}, USER, WAIT, TOOL_TURN, END)},
+    ),
+    "OpenAI": (
+        "a tool",
+        {
+            "tools": ["f: x"],
+            "messages": turns(USER, WAIT | {"tool_calls": [OPENAI_CALL]}, RESULT, END),
+        },
+    ),
+    "ShareGPT's call": (
+        "a tool",
+        {
+            "tools": '["f: x"]',
+            "conversations": turns(
+                ("human", "t?"),
+                ("gpt", "Wait."),
+                ("function_call", json.dumps(CALL)),
+                ("observation", "7"),
+                ("gpt", "7."),
+                role="from",
+                content="value",
+            ),
+        },
+    ),
+    "ChatGLM3's own": (
+        "a tool",
+        {
+            "conversations": turns(
+                ("system", LISTED), USER, WAIT, NATIVE_CALL, ("observation", "7"), END
+            )
+        },
+    ),
+    "ChatGLM3's own, tools beside": (
+        "a tool",
+        {
+            "tools": ["f: x"],
+            "messages": turns(USER, WAIT, NATIVE_CALL, ("observation", "7"), END),
+        },
+    ),
+}
+
+
+def labels_of(tokenizer, input_ids):
+    """What follows <|assistant|>, up to the next role id or </s>."""
+    roles = {tokenizer.special[f"<|{role}|>"] for role in ("user", "assistant", "observation")}
+    labels, is_answer = [], False
+    for id in input_ids:
+        labels.append(id if is_answer else IGNORE)
+        is_answer = id == tokenizer.special["<|assistant|>"] or (is_answer and id not in roles)
+    return labels
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_ids_that_are_written_down(tmp_path, tokenizer, name):
+    meaning, record = FORMATS[name]
+    is_text = isinstance(record, str)
+    file = tmp_path / f"x.{name.lower() if is_text else 'json'}"
+    file.write_text(record if is_text else json.dumps(record), "utf-8")
+    dataset = data.ConversationDataset([file], tokenizer, 512)
+    ((input_ids, labels),) = dataset
+    assert input_ids.tolist() == IDS[meaning]
+    assert labels.tolist() == labels_of(tokenizer, IDS[meaning])
+    assert not dataset.reader.unread
+
+
+def test_formats_of_tools_give_the_official_ids(tmp_path, official_tokenizer):
+    """The golden conversation with a tool, written in six formats."""
+    lines = reference("golden/conversations.jsonl").read_text("utf-8").splitlines()
+    golden = next(json.loads(line) for line in lines if "metadata" in line)
+    tools, question = [{"name": "get_weather"}], ("user", golden["messages"][1]["content"])
+    start, wait = turns(question, ("assistant", "Let me look."))
+    result, end = golden["messages"][4]["content"], golden["messages"][5]
+    arguments = {"location": "Beijing"}
+    call = {"id": "c", "function": {"name": "get_weather", "arguments": json.dumps(arguments)}}
+    turn = {"role": "tool", "name": "get_weather", "parameters": arguments}
+    turn["observation"] = json.loads(result)
+    function_call = json.dumps({"name": "get_weather", "arguments": arguments})
+    sharegpt = turns(
+        *(("human", question[1]), ("gpt", "Let me look."), ("function_call", function_call)),
+        *(("observation", result), ("gpt", end["content"])),
+        role="from",
+        content="value",
+    )
+    returned = {"role": "tool", "tool_call_id": "c", "content": json.loads(result)}
+    records = [
+        {"messages": golden["messages"]},
+        {"tools": tools, "messages": golden["messages"][1:]},
+        {"tools": tools, "conversations": [start, wait, turn, end]},
+        {"tools": tools, "messages": [start, wait | {"tool_calls": [call]}, returned, end]},
+        {"messages": [{"role": "system", "tools": tools}, start, wait, turn, end]},
+        {"tools": json.dumps(tools), "conversations": sharegpt},
+    ]
+    dataset = data.ConversationDataset(
+        [write_jsonl(tmp_path / "x", records)], official_tokenizer, 512
+    )
+    assert len(dataset) == 6
+    for input_ids, labels in dataset:
+        assert input_ids.tolist() == golden["input_ids"] and labels.tolist() == golden["labels"]
 
 
 # --- Dataset ----------------------------------------------------------------------------------
@@ -142,7 +337,7 @@ def test_a_dataset_tells_what_is_wrong_with_its_files(tmp_path, tokenizer):
     with pytest.raises(data.DataError) as error:
         data.ConversationDataset([bad, worse], tokenizer, 512)
     assert str(error.value).splitlines() == [
-        f"{bad}:2: 'output' must be a string, not a number",
+        f"{bad}:2: missing key 'instruction' (the keys here: 'output')",
         f"{worse}:1: missing key 'instruction' (the keys here: 'output')",
     ]
 
@@ -210,13 +405,45 @@ def test_a_single_row_has_no_prefix():
 def test_order():
     """An epoch has every sample once, in batches of similar length, alike on every machine."""
     lengths = [i % 40 + 1 for i in range(1003)]
-    batches = data.update_order(lengths, 8, seed=42, epoch=0)
+    everything = range(1003)
+    batches = data.update_order(everything, lengths, 8, seed=42, epoch=0)
     assert sorted(i for batch in batches for i in batch) == list(range(1003))
     assert sorted(map(len, batches)) == [7] * 5 + [8] * 121
     assert batches[0] == [443, 964, 844, 364, 324, 604, 444, 924]  # so on every machine
-    assert batches != data.update_order(lengths, 8, 42, 1)
-    assert batches != data.update_order(lengths, 8, 43, 0)
+    assert batches != data.update_order(everything, lengths, 8, 42, 1)
+    assert batches != data.update_order(everything, lengths, 8, 43, 0)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     assert sum(lengths) / padded > 0.95
     starts = [lengths[batch[0]] for batch in batches]
     assert sorted(starts) != starts  # batches come in no order of length
+
+
+def test_an_epoch_draws_a_share_of_each_file():
+    parts = [(range(10), 1.0), (range(10, 20), 0.5), (range(20, 24), 2.5)]
+    epochs = [data.draw_epoch(parts, 42, epoch) for epoch in (0, 1)]
+    for drawn in epochs:
+        assert drawn[:10] == list(range(10)) and len(drawn) == 10 + 5 + 10
+        assert len({*drawn[10:15]}) == 5 and {*drawn[10:15]} < {*range(10, 20)}
+        assert sorted(drawn.count(i) for i in range(20, 24)) == [2, 2, 3, 3]
+    assert epochs[0] != epochs[1] != data.draw_epoch(parts, 43, 1)
+    assert epochs[0] == data.draw_epoch(parts, 42, 0)
+
+
+def test_files_are_used_as_often_as_is_asked(tmp_path, tokenizer):
+    """FILE:N. A file whose whole name ends so is meant as it is."""
+    records = [{"instruction": f"q{i}", "output": "a"} for i in range(4)]
+    file = write_jsonl(tmp_path / "a:b.jsonl", records)
+    odd = write_jsonl(tmp_path / "c:2", records[:1])
+    dataset = data.ConversationDataset([f"{file}:0.5", f"{file}:2", odd], tokenizer, 64)
+    assert dataset.parts == [(range(4), 0.5), (range(4, 8), 2.0), (range(8, 9), 1.0)]
+    assert (len(dataset), dataset.samples_per_epoch) == (9, 2 + 8 + 1)
+    other = data.ConversationDataset([file, f"{file}:2", odd], tokenizer, 64)
+    assert other.digest != dataset.digest  # another run
+    for name, told in (
+        (f"{file}:0.1", "none of its 4 samples would be used"),
+        (f"{file}:0", "the number must be more than 0"),
+        (f"{file}:-1", "'-1' is no number of times"),
+        (f"{file}x:2", "No such file"),
+    ):
+        with pytest.raises(data.DataError, match=told):
+            data.ConversationDataset([name], tokenizer, 64)

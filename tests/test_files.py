@@ -6,14 +6,16 @@ python -m pytest -q tests/test_files.py
 import errno
 import fcntl
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FIXTURES, ROOT, refused_by_infer
 from safetensors.torch import load
 
+import model as chatglm
 from support import files
 from support.files import locked
 
@@ -132,3 +134,22 @@ def test_a_file_system_without_locks_is_used_without_one(lock, monkeypatch, numb
     with locked(lock, "out"):
         (lock.parent / "written").write_text("")
     assert not lock.exists()
+
+
+# --- Git LFS pointers -------------------------------------------------------------------------
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+POINTERS = ["tokenizer.model", "config.json", "model.safetensors", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("name", POINTERS)
+def test_a_pointer_in_the_place_of_a_file_is_recognised(checkpoint, capsys, name):
+    """Git leaves pointers where LFS is not installed: in data, vocabularies, bases and adapters."""
+    adapter = shutil.copytree(FIXTURES / "tiny" / "adapter", checkpoint / "adapter")
+    shutil.copy(chatglm.BUILT_IN / "tokenizer.model", checkpoint)
+    is_of_adapter = name.startswith("adapter")
+    (adapter / name if is_of_adapter else checkpoint / name).write_text(POINTER)
+    base = chatglm.built_in_model() if is_of_adapter else checkpoint
+    flags = ["--model", base, "--adapter", adapter, "--prompt", "q", "--device", "cpu"]
+    told = refused_by_infer(capsys, *flags)
+    assert f"{name} is a Git LFS pointer, not the file; run `git lfs pull`, or download" in told

@@ -13,11 +13,24 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ANSWER, FIXTURES, QUESTION, ROOT, refused_by_infer, run, write_jsonl
+from conftest import (
+    ANSWER,
+    FIXTURES,
+    QUESTION,
+    ROOT,
+    read_conversations,
+    reference,
+    refused_by_infer,
+    run,
+    write_jsonl,
+)
 
 import data
 import infer
 import model as chatglm
+import train
+from support.preamble import Preamble
+from support.tools import tools_message
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -220,7 +233,7 @@ def test_graph_compiled_and_plain_decoding_say_the_same(trained, tokenizer, comp
     if device == "cpu":
         pytest.skip("see test_compiled_decoding_on_a_cpu")
     model = infer.add_adapter(chatglm.load_model(chatglm.BUILT_IN, "cuda"), adapter).half()
-    questions = [messages[:1] for _, messages in data.read_conversations([data.SAMPLE])][:20]
+    questions = [messages[:1] for _, messages in read_conversations([data.SAMPLE])][:20]
     prompts = [data.encode_prompt(tokenizer, messages) for messages in questions]
     plain = infer.Decoder(model, use_graph=False)
     wanted = alone(plain, prompts, 60, tokenizer.stop_ids)
@@ -280,11 +293,54 @@ def test_the_stream_adds_up_and_never_shows_half_a_character(assistant, tokenize
     assert "".join(assistant.stream(cut_short, [])) == "ok "
 
 
-def test_metadata_is_shown_where_it_is_asked_for(assistant, tokenizer):
+def test_the_name_of_a_tool_is_shown_first(assistant, tokenizer):
     ids, seen = tokenizer.encode("get_weather\n") + tokenizer.encode("call(city='北京')"), []
-    assert "".join(assistant.stream(ids, [])) == "call(city='北京')"
-    text = "".join(assistant.stream(ids, seen, with_metadata=True))
+    text = "".join(assistant.stream(ids, seen))
     assert text == "get_weather\ncall(city='北京')" and seen == ids
+    assert assistant.split(ids) == ("get_weather", "call(city='北京')")
+
+
+NOTHING_TRAINED, WEATHER = {"names": [], "are_listed": False}, {"names": ["get_weather"]}
+FIRST_LINES = [  # (the first line, what is known of an adapter's tools, whether it is metadata)
+    ("get_weather", {}, True),
+    ("get_weather", WEATHER, True),
+    ("interpreter", WEATHER, True),
+    ("interpreter", NOTHING_TRAINED, True),
+    ("get_weather", NOTHING_TRAINED, False),
+    ("get_whether", WEATHER, False),
+    ("先看书，再练习。", {}, False),
+    ("你好", {}, False),
+    ("Hello there", {}, False),
+    ("a.b-c_1", {}, True),
+    ("two words", {"names": ["two words"]}, False),
+    ("查天气", {"names": ["查天气"]}, True),
+    ("  x", {"names": None}, True),
+]
+
+
+@pytest.mark.parametrize("line, trained, is_metadata", FIRST_LINES)
+def test_the_first_line_is_metadata_only_if_it_may_name_a_tool(
+    base, tokenizer, line, trained, is_metadata
+):
+    """Otherwise it is content. Whatever it is, nothing of it is lost."""
+    assistant = infer.Assistant(infer.Decoder(base), tokenizer, Preamble(trained_tools=trained))
+    whole = f"{line}\nrest\n\n end"
+    ids = tokenizer.encode(whole)
+    if is_metadata:  # as it is trained
+        ids = tokenizer.encode(f"{line}\n") + tokenizer.encode("rest\n\n end")
+    wanted = (line.strip(), "rest\n\n end") if is_metadata else ("", whole)
+    assert assistant.split(ids) == wanted
+    shown = "".join(assistant.stream(ids, []))
+    assert shown == (whole.strip() if is_metadata else whole)
+
+
+def test_a_record_s_own_tools_may_be_called(base, tokenizer):
+    preamble = Preamble(tools=tools_message([{"name": "f"}]), trained_tools=NOTHING_TRAINED)
+    assistant = infer.Assistant(infer.Decoder(base), tokenizer, preamble)
+    asked = [tools_message([{"type": "function", "function": {"name": "g"}}])]
+    ids_of = {name: tokenizer.encode(f"{name}\n") + tokenizer.encode("x") for name in "fgh"}
+    assert [assistant.split(ids)[0] for ids in ids_of.values()] == ["f", "", ""]
+    assert [assistant.split(ids, asked)[0] for ids in ids_of.values()] == ["f", "g", ""]
 
 
 # --- the command: train.py, then infer.py -----------------------------------------------------
@@ -298,7 +354,7 @@ def said(capsys, *arguments):
 
 def share_of_right_answers(model, tokenizer):
     prompts, wanted, answers, decoder = [], [], [], infer.Decoder(model)
-    for _, messages in data.read_conversations([data.SAMPLE]):
+    for _, messages in read_conversations([data.SAMPLE]):
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompts.append(data.encode_prompt(tokenizer, messages[:i]))
@@ -377,9 +433,104 @@ def test_the_system_message_of_training_is_used(tmp_path):
         assert assistant.max_new_tokens == 128
 
 
+# --- tools ------------------------------------------------------------------------------------
+
+TOOLS = [{"name": "get_weather", "parameters": {"city": "城市"}}]
+CALL = "```python\ntool_call(city='厦门')\n```"
+
+
+@pytest.fixture(scope="module")
+def trained_with_tools(tmp_path_factory):
+    """The directory of an adapter that has learnt one conversation with a tool."""
+    directory = tmp_path_factory.mktemp("tools")
+    call = {"id": "c1", "function": {"name": "get_weather", "arguments": '{"city": "厦门"}'}}
+    turns = [
+        {"role": "user", "content": "厦门热吗"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "31"},
+        {"role": "assistant", "content": "31度，\n热。"},
+    ]
+    file = write_jsonl(directory / "d.jsonl", [{"tools": TOOLS, "messages": turns}])
+    out = str(directory / "out")
+    train.main(["--data", str(file), "--max-steps", "40", "--output-dir", out, "--device", "cpu"])
+    (directory / "tools.json").write_text(json.dumps(TOOLS), "utf-8")
+    return directory
+
+
+def test_a_tool_is_called_by_a_prompt_a_chat_and_a_batch(trained_with_tools, capsys):
+    directory = trained_with_tools
+    common = ["--adapter", directory / "out", "--device", "cpu", "--greedy"]
+    with_tools = [*common, "--tools", directory / "tools.json"]
+    capsys.readouterr()
+    assert said(capsys, *with_tools, "--prompt", "厦门热吗") == f"get_weather\n{CALL}\n"
+
+    lines = "厦门热吗\n/observation 31\n"
+    talk = run("infer.py", *with_tools, input=lines)
+    assert talk.stdout == f"> get_weather\n{CALL}\n> 31度，\n热。\n> \n", talk.stderr
+
+    own = {"tools": TOOLS, "messages": [{"role": "user", "content": "厦门热吗"}]}
+    questions = write_jsonl(directory / "q.jsonl", [{"instruction": "厦门热吗"}, own])
+    infer.main(list(map(str, [*with_tools, "--input", questions, "--output", directory / "a"])))
+    answers = [json.loads(line) for line in (directory / "a").read_text("utf-8").splitlines()]
+    assert len(answers) == 2
+    for line in answers:
+        assert (line["prediction_metadata"], line["prediction"]) == ("get_weather", CALL)
+
+
+def test_tools_that_are_missing_are_said_to_be(trained_with_tools, capsys):
+    common = ["--adapter", trained_with_tools / "out", "--device", "cpu", "--prompt", "q"]
+    common += ["--max-new-tokens", 1]
+    told = (
+        "(this adapter was trained with tools (get_weather); --tools FILE lists them in a prompt)"
+    )
+    capsys.readouterr()
+    for flags, is_told in (([], True), (["--tools", trained_with_tools / "tools.json"], False)):
+        infer.main(list(map(str, [*common, *flags])))
+        assert (told in capsys.readouterr().err) == is_told
+
+
+def test_an_answer_without_the_newline_is_shown_whole(tmp_path, monkeypatch, capsys):
+    """An adapter whose answers begin without the newline, and have two paragraphs."""
+    encode = data.encode_conversation
+
+    def without_newline(tokenizer, messages, encode_text=None):
+        parts = encode(tokenizer, messages, encode_text)
+        start = parts[0].index(tokenizer.special["<|assistant|>"]) + 1
+        end = start + len(tokenizer.encode("\n"))
+        return tuple(part[:start] + part[end:] for part in parts)
+
+    answer = "先看书，再练习。\n然后总结，最后复习。"
+    file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "怎么学习？", "output": answer}])
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode_conversation", without_newline)
+        out = str(tmp_path / "out")
+        flags = ["--data", str(file), "--max-steps", "40", "--output-dir", out]
+        train.main([*flags, "--device", "cpu"])
+    common = ["--adapter", out, "--device", "cpu", "--greedy"]
+    capsys.readouterr()
+    assert said(capsys, *common, "--prompt", "怎么学习？") == f"{answer}\n"
+    talk = run("infer.py", *common, input="怎么学习？\n")
+    assert talk.stdout == f"> {answer}\n> \n"
+    infer.main([*common, "--input", str(file), "--output", str(tmp_path / "a")])
+    (line,) = (tmp_path / "a").read_text("utf-8").splitlines()
+    assert json.loads(line)["prediction"] == answer and "prediction_metadata" not in line
+
+
+def test_both_paragraphs_of_an_answer_are_shown(tmp_path, capsys):
+    file, out = reference("cases/two_paragraph_answers.jsonl"), str(tmp_path)
+    train.main(["--data", str(file), "--max-steps", "60", "--output-dir", out, "--device", "cpu"])
+    capsys.readouterr()
+    flags = ["--adapter", out, "--device", "cpu", "--greedy", "--prompt", "怎么学习？"]
+    assert said(capsys, *flags) == "先看书，再练习。\n然后总结，最后复习。\n"
+
+
+# --- mistakes ---------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--no-adapter", "--tools", "nowhere"], "nowhere: No such file"),
         (["--adapter", "damaged"], "damaged: cannot read this adapter"),
         (["--adapter", "other"], "this adapter was not trained on this model"),
         (["--no-adapter", "--system", "\udcff"], "is not valid UTF-8"),
@@ -420,6 +571,8 @@ def test_a_user_s_mistake_is_one_clear_line(tmp_path, monkeypatch, capsys, argum
         (["--merge-to", "d", "--no-adapter"], "--merge-to needs an adapter"),
         (["--merge-to", "tests"], "tests exists already"),
         (["--top-k", "0"], "argument --top-k: must be between"),
+        (["--keys", "a=output"], "--keys needs --input"),
+        (["--keys", "a=b"], "argument --keys: must be OLD=NEW, and NEW one of conversations"),
     ],
 )
 def test_flags_that_do_not_go_together(capsys, monkeypatch, flags, message):

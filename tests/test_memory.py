@@ -29,6 +29,10 @@ class Samples(list):
     def lengths(self):
         return [len(input_ids) for input_ids, _ in self]
 
+    @property
+    def supervised(self):
+        return [data.count_supervised(labels) for _, labels in self]
+
 
 def test_the_longest_samples_need_as_much_memory_as_any():
     """They are all as long as the longest sample, and learn as much as any sample does."""

@@ -14,6 +14,7 @@ from conftest import (
     FIXTURES,
     metrics_of,
     random_samples,
+    reference,
     refused,
     run,
     trained_parameters,
@@ -166,6 +167,25 @@ def train_main(*arguments):
     train.main([str(argument) for argument in arguments])
 
 
+TRAINED = (
+    "alpaca_empty_history.json alpaca_empty_system.json alpaca_history.json alpaca_null_input.json "
+    "alpaca_system.json conversation_id.jsonl conversations_with_system_beside.jsonl "
+    "ends_with_user.jsonl extra_from_key.jsonl glm3_loss_false.jsonl glm3_tool_turn.json "
+    "glm3_tools_top_level.jsonl openai_content_parts.jsonl openai_weight0.jsonl "
+    "prompt_response.jsonl qa.csv sharegpt.json starts_with_assistant.jsonl "
+    "two_paragraph_answers.jsonl advertisegen.jsonl"
+).split()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_file_of_a_reported_kind_is_trained_on(tmp_path, name):
+    """Files such as people have sent. The others are refused: see test_records.py."""
+    flags = ["--data", reference(f"cases/{name}"), "--max-steps", 2, "--device", "cpu"]
+    keys = ["--keys", "content=instruction", "summary=output"]
+    train_main(*flags, *(keys if "advertisegen" in name else []), "--output-dir", tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_a_run_writes_what_it_says_and_repeats_bit_for_bit(tmp_path):
     records = [{"instruction": f"n {i}", "output": f"m {i * i}"} for i in range(21)]
     file = write_jsonl(tmp_path / "d.jsonl", records)
@@ -208,7 +228,7 @@ def test_logged_loss_is_the_mean_over_learnt_tokens(tmp_path):
     for ids, labels in dataset:
         learnt = (labels != data.IGNORE).sum()
         total += model(ids[None], labels=labels[None]).loss.item() * learnt.item()
-    assert logged["loss"] == pytest.approx(total / dataset.supervised, abs=1e-5)
+    assert logged["loss"] == pytest.approx(total / sum(dataset.supervised), abs=1e-5)
     assert logged["tokens"] == sum(dataset.lengths)
 
 
@@ -240,7 +260,7 @@ def spoil_the_loss(monkeypatch, factor, first):
 def places(tokenizer, size, number):
     """Where the samples of update `number`, counted from 0, of the sample's first epoch are."""
     dataset = data.ConversationDataset([data.SAMPLE], tokenizer, 512)
-    order = data.update_order(dataset.lengths, size, 42, 0)
+    order = data.update_order(range(len(dataset)), dataset.lengths, size, 42, 0)
     return ", ".join(dataset.places[i] for i in order[number])
 
 
@@ -278,9 +298,9 @@ def test_whole_modules_train_and_answer_in_half_precision(tmp_path, dtype):
     assert sum("output_layer.weight" in n or "final_layernorm.weight" in n for n in names) == 2
     assert sum("word_embeddings" in n for n in names) == 2
     args = infer.parse_args(["--prompt", "q", "--adapter", str(directory), *device])
-    model, tokenizer, system = infer.load(args)
+    model, tokenizer, preamble = infer.load(args)
     model = infer.add_adapter(model, args.adapter)
-    decoder = infer.new_assistant(args, model, tokenizer, system).decoder
+    decoder = infer.new_assistant(args, model, tokenizer, preamble).decoder
     assert len(list(decoder.generate([[5, 6, 7]], 3))) == 4  # three ids, and the end
 
 
@@ -297,7 +317,7 @@ NO_CUDA = [(["--device", "cuda"], "PyTorch finds no CUDA device here")]
             ["--data", "bad.jsonl"],
             "bad.jsonl:2: unknown key 'instrution'; did you mean 'instruction'?",
         ),
-        (["--data", "empty.jsonl"], "empty.jsonl: the file is empty"),
+        (["--data", "empty.jsonl"], "empty.jsonl: it has no records"),
         (
             ["--data", "long.jsonl", "--max-length", "8"],
             "no sample has a token to learn within 8 tokens",
@@ -426,11 +446,11 @@ def test_a_quantised_base_trains_saves_and_answers(tmp_path, load_in, device):
     flags = ["--prompt", "q", "--adapter", tmp_path, "--device", device, "--load-in", load_in]
     args = infer.parse_args([str(flag) for flag in flags])
     # The base is known again, though its matrices are quantised.
-    model, tokenizer, system = infer.load(args)
+    model, tokenizer, preamble = infer.load(args)
     model = infer.add_adapter(model, args.adapter, merge=False)
     qkv = model.transformer.encoder.layers[1].self_attention.query_key_value
     assert qkv.base_layer.weight.dtype in (torch.uint8, torch.int8) and hasattr(qkv, "lora_A")
-    decoder = infer.new_assistant(args, model, tokenizer, system).decoder
+    decoder = infer.new_assistant(args, model, tokenizer, preamble).decoder
     assert len(list(decoder.generate([[5, 6, 7]], 5))) == 6
 
 

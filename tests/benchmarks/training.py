@@ -65,7 +65,8 @@ class RandomTokens(torch.utils.data.Dataset):
     prefix_length = 0
 
     def __init__(self, length, size):
-        self.lengths = [length] * size
+        self.lengths, self.supervised = [length] * size, [length - 1] * size
+        self.parts, self.samples_per_epoch = [(range(size), 1.0)], size
         self.rows = torch.randint(
             3, 64789, (size, length), generator=torch.Generator().manual_seed(0)
         )

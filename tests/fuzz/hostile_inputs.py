@@ -16,7 +16,7 @@ import torch
 from conftest import FIXTURES
 from hypothesis import strategies as st
 
-from support.records import ROLES
+from support.turns import ROLES
 
 # --- texts and JSON ---------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ def conversations(draw):
     initials = draw(st.sampled_from(["", "s"])) + "ua" + "".join(draw(turns))
     messages = []
     for role in (next(role for role in ROLES if role[0] == initial) for initial in initials):
-        contents = says_something if role in ("user", "assistant") else texts
+        contents = texts if role == "observation" else says_something
         messages.append({"role": role, "content": draw(contents)})
         if draw(st.booleans()):
             messages[-1]["metadata"] = draw(texts).replace("\n", "")

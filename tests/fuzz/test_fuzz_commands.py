@@ -32,7 +32,7 @@ import model as chatglm
 import train
 from support.checkpoints import CONTENTS
 from support.files import sha256
-from support.records import read_records
+from support.records import RecordReader
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,6 @@ def test_infer_py_on_a_batch_file(tmp_path, little, capsys, raw, output):
     arguments += ["--input", questions, "--output", answers]
     if not runs_or_refuses(infer.main, arguments, capsys, directory):
         found = [json.loads(line) for line in answers.read_bytes().split(b"\n")[:-1]]
-        assert len(found) == len(read_records([questions], prompts=True))
+        assert len(found) == len([*RecordReader([questions], is_prompt=True)])
         assert all(isinstance(line["prediction"], str) for line in found)
     assert list(directory.iterdir()) == [answers]

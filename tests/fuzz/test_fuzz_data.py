@@ -1,12 +1,15 @@
-"""data.py and support/records.py: hostile data files, texts, conversations and vocabularies.
+"""data.py, support/records.py and support/samples.py: hostile data files, texts, conversations and
+vocabularies. The formats of records have tests of their own in test_fuzz_formats.py.
 
 python -m pytest -q tests/fuzz/test_fuzz_data.py
 """
 
+import os
 import re
 
 import pytest
 import torch
+from conftest import read_conversations
 from hostile import hostile, one_clear_line, watched
 from hostile_inputs import (
     conversations,
@@ -22,8 +25,11 @@ from hypothesis import strategies as st
 import data
 import model as chatglm
 from data import IGNORE
-from support.records import ROLES, DataError, read_conversations, read_records
+from support.errors import DataError
+from support.records import Record, RecordReader
 from support.reports import render
+from support.samples import PackedSamples
+from support.turns import ROLES
 
 # --- files ------------------------------------------------------------------------------------
 
@@ -36,7 +42,7 @@ def test_a_data_file_gives_conversations_or_faults_with_their_place(tmp_path, ra
     file.write_bytes(raw)
     try:
         with watched():
-            found = read_records([file], prompts)
+            found = list(RecordReader([file], is_prompt=prompts))
     except DataError as error:
         lines = str(error).split("\n")
         assert len(lines) <= 21
@@ -46,11 +52,25 @@ def test_a_data_file_gives_conversations_or_faults_with_their_place(tmp_path, ra
     for record in found:
         assert record.place.startswith(str(file)) and isinstance(record.value, dict)
         initials = "".join(message["role"][0] for message in record.messages)
-        assert re.fullmatch("s?u(a|au|ao)*" if prompts else "s?ua(a|ua|oa)*", initials)
+        # A greeting may come before the first question. Nothing need follow a tool's result. A
+        # prompt may end with an answer: the text before a call, which is an answer of its own.
+        pattern = "s*(u|u?a(a|ua|oa)*[uo]?)" if prompts else "s*u?a(a|ua|oa)*o?"
+        assert re.fullmatch(pattern, initials)
         for message in record.messages:
             assert message["role"] in ROLES and "\n" not in message.get("metadata", "")
-            assert message["content"].strip() or message["role"] in ("system", "observation")
+            assert message["content"].strip() or message["role"] == "observation"
             (message["content"] + message.get("metadata", "")).encode("utf-8")
+
+
+def as_read(record):
+    """What a valid record says. A system message without text is none, nor is empty metadata."""
+    messages = []
+    for message in messages_of(record):
+        if message["role"] != "system" or message["content"].strip():
+            messages.append({key: value for key, value in message.items() if key != "metadata"})
+            if message.get("metadata"):
+                messages[-1]["metadata"] = message["metadata"]
+    return messages
 
 
 @hostile(300, pair=files(records))
@@ -59,7 +79,7 @@ def test_a_valid_file_is_read_back_exactly(tmp_path, pair):
     written, raw = pair
     (tmp_path / "x").write_bytes(raw)
     found = [messages for _, messages in read_conversations([tmp_path / "x"])]
-    assert found == [messages_of(record) for record in written]
+    assert found == [as_read(record) for record in written]
 
 
 # --- ids and text -----------------------------------------------------------------------------
@@ -101,11 +121,14 @@ def test_a_conversation_s_ids_and_labels(vocabulary, messages):
             end = len(data.encode_conversation(vocabulary, messages[: i + 1])[0])
             assert ids[:start] == prompt
             wanted[start:end] = ids[start:end]  # with the token that ends the turn
-            metadata, content = data.split_answer(vocabulary, ids[start : end - 1])
-            assert metadata == shown(message.get("metadata", "")).strip()
-            assert content == shown(message["content"]).rstrip("\ufffd")
+            name, said = shown(message.get("metadata", "")).strip(), shown(message["content"])
+            metadata, content = data.split_answer(vocabulary, ids[start : end - 1], {name})
+            if re.fullmatch(r"([^\W\d][\w.-]*)?", name):
+                assert (metadata, content) == (name, said.rstrip("\ufffd"))
+            else:  # what is no identifier is no tool
+                assert metadata == "" and content.endswith(said.rstrip("\ufffd"))
     assert labels == wanted
-    rendered = render(vocabulary, ids, labels)
+    rendered = render(vocabulary, torch.tensor(ids), torch.tensor(labels))
     learnt = [part.split("⟧")[0] for part in rendered.split("⟦")[1:]]
     assert learnt or any("⟦" in message["content"] for message in messages)
 
@@ -158,7 +181,7 @@ def test_what_a_length_budget_cuts_and_drops(tmp_path, tokenizer, pair, max_leng
     file = tmp_path / "x"
     file.write_bytes(raw)
     wanted, cut = [], 0
-    for messages in map(messages_of, written):
+    for messages in map(as_read, written):
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         ids, labels = data.encode_conversation(tokenizer, messages)
@@ -210,18 +233,82 @@ def test_a_padded_batch_holds_its_samples_and_predicts_the_next_token(samples, p
     assert found == wanted + [(0, IGNORE)] * (-len(wanted) % 128)
 
 
+# An epoch's indices: some samples come several times, others never.
+drawn_indices = st.lists(st.integers(0, 99), max_size=300)
+
+
 @hostile(
     150,
-    lengths=st.lists(st.integers(1, 99), max_size=300),
+    indices=drawn_indices,
+    lengths=st.lists(st.integers(1, 99), min_size=100, max_size=100),
     size=st.integers(1, 40),
     seed=st.integers(0, 2**70),
     window=st.integers(1, 60),
 )
-def test_an_epoch_has_every_sample_once(lengths, size, seed, window):
-    """The batches are of one size, or of two that differ by one. The order is repeatable."""
-    batches = data.update_order(lengths, size, seed, 1, window)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    sizes = {len(batch) for batch in batches}
-    assert len(batches) == -(-len(lengths) // size)
+def test_the_updates_have_every_index_as_often_as_it_was_drawn(
+    indices, lengths, size, seed, window
+):
+    """The updates are of one size, or of two that differ by one. The order is repeatable."""
+    before = list(indices)
+    updates = data.update_order(indices, lengths, size, seed, 1, window)
+    assert indices == before
+    assert sorted(i for update in updates for i in update) == sorted(indices)
+    sizes = {len(update) for update in updates}
+    assert len(updates) == -(-len(indices) // size)
     assert max(sizes, default=0) - min(sizes, default=0) < 2
-    assert batches == data.update_order(lengths, size, seed, 1, window)
+    assert updates == data.update_order(indices, lengths, size, seed, 1, window)
+
+
+# (number of a file's samples, thousandths of how many times it is used)
+shares = st.tuples(st.integers(0, 60), st.integers(1, 5000))
+
+
+@hostile(150, shares=st.lists(shares, min_size=1, max_size=4), seed=st.integers(0, 2**70))
+def test_an_epoch_has_each_file_as_often_as_is_asked(shares, seed):
+    """2.5 times: each sample twice or three times, and half of them three times."""
+    parts, first = [], 0
+    for count, thousandths in shares:
+        parts.append((range(first, first + count), thousandths / 1000))
+        first += count
+    drawn = data.draw_epoch(parts, seed, 1)
+    assert drawn == data.draw_epoch(parts, seed, 1)
+    assert set(drawn) <= set(range(first))
+    for (indices, _), (count, thousandths) in zip(parts, shares, strict=True):
+        whole, more = divmod(thousandths, 1000)
+        often = [drawn.count(i) for i in indices]
+        assert set(often) <= {whole, whole + 1}
+        assert abs(sum(often) - whole * count - more * count / 1000) <= 0.5 + 1e-9
+
+
+@hostile(150, samples=st.lists(tokens, min_size=1, max_size=6), prefix=prefixes)
+def test_packed_samples_are_what_was_added(samples, prefix):
+    """A sample without a target is left out. The first token is none: nothing predicts it."""
+    packed, kept = PackedSamples(), []
+    for sample in samples:
+        ids = prefix + [id for id, _ in sample]
+        labels = [IGNORE] * len(prefix) + [id if learnt else IGNORE for id, learnt in sample]
+        targets = [label for label in labels[1:] if label != IGNORE]
+        assert packed.add(ids, labels) == bool(targets)
+        if targets:
+            kept.append((ids, labels, len(targets)))
+    assert len(packed) == len(kept)
+    if not kept:
+        return
+    packed.pack()
+    assert packed.lengths == [len(ids) for ids, _, _ in kept]
+    assert packed.supervised == [count for _, _, count in kept]
+    for (ids, labels), (wanted_ids, wanted_labels, _) in zip(packed, kept, strict=True):
+        assert ids.dtype == labels.dtype == torch.int64
+        assert (ids.tolist(), labels.tolist()) == (wanted_ids, wanted_labels)
+    common = os.path.commonprefix([ids for ids, _, _ in kept])
+    assert packed.common_prefix() == min(len(common), min(packed.lengths) - 1)
+
+
+@hostile(100, conversations=st.lists(conversations(), max_size=4))
+def test_texts_that_are_encoded_together_are_encoded_alike(vocabulary, conversations):
+    """encode_texts has every text of the records, and gives what encoding each alone gives."""
+    found = [Record(0, "x:1", {}, messages) for messages in conversations]
+    ids_of = data.encode_texts(vocabulary, found)
+    for messages in conversations:
+        encoded = data.encode_conversation(vocabulary, messages, ids_of.__getitem__)
+        assert encoded == data.encode_conversation(vocabulary, messages)

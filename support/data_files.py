@@ -1,0 +1,152 @@
+"""Data files → JSON values, each with its place.
+
+A file is a JSON list, JSONL (one object on each line), or CSV or TSV with a header line. The first
+two are told apart by their content, the last two by their names.
+"""
+
+import csv
+import itertools
+import json
+import re
+
+from support.files import LFS_POINTER, LFS_START
+
+# How files begin that are no text, and what is said of them.
+NO_TEXT = {
+    LFS_START: LFS_POINTER,
+    b"\x1f\x8b": "a gzip file; unpack it first",
+    b"PK\x03\x04": "a zip file, perhaps of a spreadsheet; unpack it, or save it as CSV",
+    b"PAR1": "a Parquet file; save it as JSONL",
+}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+BOM = b"\xef\xbb\xbf"  # of UTF-8
+NOT_UTF8 = "not UTF-8; save the file as UTF-8"
+
+
+def read_values(path):
+    """Yields (place, value, None) for each JSON value, (place, None, fault) for anything else.
+
+    place: "file:line", or "file: record N" in a JSON list
+    """
+    try:
+        if path.is_char_device():  # /dev/zero would never end
+            raise OSError("not a file")
+        with open(path, "rb") as file:
+            start = file.peek(64)
+            if fault := next((NO_TEXT[head] for head in NO_TEXT if start.startswith(head)), None):
+                yield str(path), None, fault
+            elif path.suffix.lower() in DELIMITERS:
+                yield from _rows(path, file)
+            elif start.removeprefix(BOM).lstrip().startswith(b"["):
+                yield from _elements(path, file)
+            else:
+                yield from _lines(path, file)
+    except OSError as error:
+        yield str(path), None, f"{error.strerror or error}; check the path"
+
+
+def _lines(path, file):
+    """JSONL. If the first line is not JSON, tells whether the whole file is one object."""
+    numbered = enumerate(file, 1)
+    first_number, first = next((each for each in numbered if each[1].strip()), (1, b""))
+    value, fault = _parse(first)
+    rest = file.readlines() if fault else file
+    if fault and rest and not _parse(b"".join((first, *rest)))[1]:
+        what = "one object over several lines; use a list of objects, or one object a line"
+        yield f"{path}:{first_number}", None, what
+        return
+    for number, line in enumerate(itertools.chain((first,), rest), first_number):
+        if line.strip():
+            value, fault = _parse(line)
+            yield f"{path}:{number}", value, fault
+
+
+def _elements(path, file):
+    """A JSON list. The text is in memory as a whole, but only one parsed element at a time."""
+    content = file.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        yield f"{path}:{line}", None, NOT_UTF8
+        return
+    del content
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\n\r]*")
+
+    def after_space(position):
+        """→ (where the next character that is no space stands, that character)"""
+        position = space.match(text, position).end()
+        return position, text[position : position + 1]
+
+    position, character = after_space(text.index("[") + 1)
+    try:
+        for number in itertools.count(1) if character != "]" else ():
+            value, position = decoder.raw_decode(text, position)
+            yield f"{path}: record {number}", value, None
+            position, character = after_space(position)
+            if character == "]":
+                break
+            if character != ",":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            position, _ = after_space(position + 1)
+        position, character = after_space(position + 1)
+        if character:
+            raise json.JSONDecodeError("Extra data", text, position)
+    except (ValueError, RecursionError) as error:
+        end = error.pos if isinstance(error, json.JSONDecodeError) else position
+        line = text.count("\n", 0, end) + 1
+        yield f"{path}:{line}", None, _fault(error)
+
+
+def _rows(path, file):
+    """CSV and TSV: an object of strings for each row"""
+    csv.field_size_limit(2**31 - 1)
+    lines = (line.decode("utf-8" if i else "utf-8-sig") for i, line in enumerate(file))
+    rows = csv.reader(lines, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+    header, number = None, 1  # number: the line on which the next row begins
+    try:
+        for row in rows:
+            place, number = f"{path}:{number}", rows.line_num + 1
+            if not row:
+                continue
+            if header is None:
+                header = row
+                if fault := _fault_of_header(header, rows.dialect.delimiter):
+                    yield place, None, fault
+                    return
+            elif len(row) != len(header):
+                fault = f"the header has {len(header)} columns, this row {len(row)}"
+                if len(row) > len(header):
+                    fault += "; quote a field that has the delimiter in it"
+                yield place, None, fault
+            else:
+                yield place, dict(zip(header, row, strict=True)), None
+    except UnicodeDecodeError:
+        yield f"{path}:{rows.line_num + 1}", None, NOT_UTF8
+    except csv.Error as error:
+        yield f"{path}:{number}", None, f"not usable CSV ({error})"
+
+
+def _fault_of_header(header, delimiter):
+    if len(header) == 1 and re.search(r"[,;\t]", header[0]):
+        return f"the header has one column; separate columns by {delimiter!r}"
+    if len(set(header)) < len(header):
+        return "the header names a column twice"
+    return None
+
+
+def _parse(line):
+    """→ (value, None) or (None, fault)"""
+    try:
+        return json.loads(line.removeprefix(BOM).decode()), None
+    except UnicodeDecodeError:
+        return None, NOT_UTF8
+    except (ValueError, RecursionError) as error:
+        return None, _fault(error)
+
+
+def _fault(error):
+    if isinstance(error, json.JSONDecodeError):
+        where = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        return f"not JSON ({where}); give a JSON list, or JSONL"
+    return f"not usable JSON ({error})"  # thousands of digits, or of brackets
