@@ -390,7 +390,7 @@ def parse_args(argv=None):
     add("--no-adapter", action="store_true", help="answer with the base alone")
     add("--force", action="store_true", help="accept a base that the adapter was not trained on")
     add("--system", metavar="TEXT", help="system message; without it, the one trained with")
-    add("--tools", metavar="FILE", help="tools that an answer may call, as JSON")
+    add("--tools", metavar="FILE", help="tools that an answer may call, as JSON or a text")
     dtype = "auto: fp16 on CUDA, else fp32; with --merge-to, the base's"
     commands.add_device_flags(add, dtype)
     commands.add_load_in_flag(add)

@@ -209,6 +209,7 @@ def trained_with(adapter_dir):
     base, tools = base or {}, tools or {}
     are_right = isinstance(system, str | None) and isinstance(base, dict)
     names = tools.get("names") if isinstance(tools, dict) else "damaged"
-    if not are_right or not (names is None or isinstance(names, list)):
+    are_names = isinstance(names, list | None) and all(isinstance(n, str) for n in names or ())
+    if not (are_right and are_names):
         raise ValueError(f"{file}: damaged; copy it again, or train the adapter again")
     return TrainedWith(system, base, tools)

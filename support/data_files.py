@@ -1,7 +1,7 @@
 """Data files → JSON values, each with its place.
 
-A file is a JSON list, JSONL (one object on each line), or CSV or TSV with a header line. The first
-two are told apart by their content, the last two by their names.
+A file is a JSON list, JSONL (one object on each line), or CSV or TSV with a header line. JSON and
+JSONL are recognised by their content, CSV and TSV by the ending of the name.
 """
 
 import csv
@@ -79,16 +79,17 @@ def _elements(path, file):
         return position, text[position : position + 1]
 
     position, character = after_space(text.index("[") + 1)
+    number = 0
     try:
-        for number in itertools.count(1) if character != "]" else ():
+        while character != "]":
             value, position = decoder.raw_decode(text, position)
+            number += 1
             yield f"{path}: record {number}", value, None
             position, character = after_space(position)
-            if character == "]":
-                break
-            if character != ",":
+            if character == ",":
+                position, _ = after_space(position + 1)
+            elif character != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-            position, _ = after_space(position + 1)
         position, character = after_space(position + 1)
         if character:
             raise json.JSONDecodeError("Extra data", text, position)

@@ -1,4 +1,4 @@
-"""Reads the records of data files, tells every fault with its place, and counts what is not used.
+"""Reads the records of data files, tells each fault with its place, and counts what is not used.
 
 support/data_files.py reads a file, support/formats.py a record.
 """
@@ -91,9 +91,9 @@ class RecordReader:
     def about_unread(self, most=10):
         """→ the keys that are not read, in words; "" if there are none"""
         counts = self.unread.most_common()
-        named = [f"{printable(key) or repr(key)} ({count:,}" for key, count in counts[:most]]
         if not counts:
             return ""
+        named = [f"{printable(key) or repr(key)} ({count:,}" for key, count in counts[:most]]
         named[0] += " record" if counts[0][1] == 1 else " records"
         told = ", ".join(f"{each})" for each in named)  # id (119 records), source (40)
         told += f", and {len(counts) - most} more keys" if len(counts) > most else ""
@@ -171,12 +171,13 @@ def one_ahead(function, items):
 
 def split_times(name):
     """FILE:N → (FILE, N): how many times a file is used, which is 1 without ":N"."""
-    match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", str(name), re.DOTALL)
-    if match is None or Path(name).exists():
-        file, colon, number = str(name).rpartition(":")
-        if colon and Path(file).is_file() and not Path(name).exists():
+    file, _, number = str(name).rpartition(":")
+    if not file or Path(name).exists():
+        return name, 1.0
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", number):
+        if Path(file).is_file():
             raise DataError(f"{name}: {number!r} is no number of times that {file} is used")
         return name, 1.0
-    if not 0 < float(match[2]) <= 1000:
+    if not 0 < float(number) <= 1000:
         raise DataError(f"{name}: the number must be more than 0, and at most 1000")
-    return match[1], float(match[2])
+    return file, float(number)

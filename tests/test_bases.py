@@ -180,3 +180,13 @@ def test_training_stores_what_its_base_is(trained):
     base = json.loads((adapter / "training_args.json").read_text())["base"]
     digest = data.ChatGLMTokenizer(chatglm.BUILT_IN).digest
     assert base == bases.fingerprint(chatglm.load_model(chatglm.BUILT_IN, "cpu"), digest)
+
+
+@pytest.mark.parametrize("tools", [[], 3, {"names": 3}, {"names": [["f"]]}])
+def test_what_an_adapter_says_of_its_tools_may_be_damaged(tmp_path, tools):
+    (tmp_path / "training_args.json").write_text(json.dumps({"tools": tools}))
+    if not tools:  # it says nothing
+        assert bases.trained_with(tmp_path) == (None, {}, {})
+        return
+    with pytest.raises(ValueError, match="training_args.json: damaged; copy it again"):
+        bases.trained_with(tmp_path)
