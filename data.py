@@ -8,10 +8,12 @@ Files are read and checked in support/records.py. Letters in shapes: B rows of a
 T tokens of a row, P of them a prefix that all rows begin with, N tokens to predict.
 """
 
+import copy
 import hashlib
 import itertools
 import math
 import random
+from bisect import bisect_left
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,20 +22,18 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers.utils import cached_file
 
 from support.config import IGNORE
 from support.errors import DataError, one_line, printable
 from support.files import check_no_lfs_pointer
 from support.preamble import Preamble
-from support.processes import cores
+from support.processes import cores, rank_and_count
 from support.records import RecordReader, in_batches, one_ahead, split_times
 from support.samples import PackedSamples
 from support.tools import may_be_tool
 from support.turns import ROLES
-
-SAMPLE = Path(__file__).parent / "dataset" / "sample.jsonl"
 
 
 class ChatGLMTokenizer:
@@ -178,6 +178,7 @@ class ConversationDataset(Dataset):
         self.samples, self.places = PackedSamples(), []
         self.cut = self.dropped = 0
         self.reader = RecordReader(names, Preamble(system), keys=keys)
+        self.files, self.times = files, times
         counts = [0] * len(names)  # of the samples of each file
         # While the samples of a batch are made, the texts of the next one are encoded.
         batches = in_batches(self.reader, 1000)
@@ -194,19 +195,42 @@ class ConversationDataset(Dataset):
             within = f"within {max_length} tokens; raise --max-length"
             raise DataError(f"no sample has a token to learn {within}")
         self.samples.pack()
-        self.lengths, self.supervised = self.samples.lengths, self.samples.supervised
-        bounds = [0, *itertools.accumulate(counts)]
-        self.parts = [*zip(map(range, bounds, bounds[1:]), times, strict=True)]
-        for file, (indices, count) in zip(files, self.parts, strict=True):
-            if indices and round(count * len(indices)) == 0:
+        self._finish([0, *itertools.accumulate(counts)])
+
+    def _finish(self, bounds):
+        """Sets what depends on the samples. bounds: the first sample of each file, and the end"""
+        self.parts = [*zip(map(range, bounds, bounds[1:]), self.times, strict=True)]
+        for file, (indices, times) in zip(self.files, self.parts, strict=True):
+            if indices and round(times * len(indices)) == 0:
                 none = f"none of its {len(indices)} samples would be used"
                 raise DataError(f"{file}: {none}; give a larger number")
+        self.lengths, self.supervised = self.samples.lengths, self.samples.supervised
         self.samples_per_epoch = len(draw_epoch(self.parts, 0, 0))
         self.digest = self.samples.digest()
-        if {*times} != {1.0}:
+        if {*self.times} != {1.0}:
             self.digest += f" {self.parts}"
         prefix = self.samples.common_prefix()
         self.prefix_length = prefix - prefix % 8  # tensor cores want multiples of 8
+
+    def split(self, share, seed):
+        """→ two datasets: one to train on, and this share of the samples, to evaluate.
+
+        A sample's content and the seed decide where it goes. So equal samples stay together.
+        """
+        chosen = self.samples.draw(share, seed)
+        if len(chosen) == len(self):
+            what = f"--eval-split {share} leaves no sample to train on (equal ones stay together)"
+            raise DataError(f"{what}; give a smaller share, or --eval-data")
+        others = [i for i in range(len(self)) if i not in chosen]
+        each_once = [1.0] * len(self.files)
+        return self._select(others, self.times), self._select(sorted(chosen), each_once)
+
+    def _select(self, indices, times):
+        selected = copy.copy(self)
+        selected.samples, selected.times = self.samples.select(indices), times
+        selected.places = [self.places[i] for i in indices]
+        selected._finish([0, *(bisect_left(indices, part.stop) for part, _ in self.parts)])
+        return selected
 
     def __len__(self):
         return len(self.samples)
@@ -266,9 +290,35 @@ def collate(samples, prefix_length=0):
     )
 
 
-def count_supervised(labels):
-    """→ how many tokens of a sample are supervised; the first one can't be"""
-    return int((labels[1:] != IGNORE).sum())
+class Update(NamedTuple):
+    """The data of one update: this process's micro-batches, and counts over all processes."""
+
+    epoch: int  # from 0
+    micro_batches: list
+    samples: int
+    tokens: int
+    supervised: int  # supervised tokens
+
+
+def make_update(epoch, batch_size, prefix_length, samples):
+    """[(input_ids, labels)] of a whole update → Update"""
+    parts = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    rank, count = rank_and_count()
+    micro_batches = [collate(part, prefix_length) for part in parts[rank::count]]
+    tokens = sum(len(input_ids) for input_ids, _ in samples)
+    supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in samples)
+    return Update(epoch, micro_batches, len(samples), tokens, supervised)
+
+
+def eval_batches(dataset, batch_size, pin_memory=False):
+    """→ DataLoader of this process's micro-batches of a whole dataset, the shortest first"""
+    order = sorted(range(len(dataset)), key=dataset.lengths.__getitem__)
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rank, count = rank_and_count()
+    options = dict(batch_sampler=parts[rank::count], pin_memory=pin_memory)
+    return DataLoader(
+        dataset, **options, collate_fn=partial(collate, prefix_length=dataset.prefix_length)
+    )
 
 
 def draw_epoch(parts, seed, epoch):

@@ -384,29 +384,29 @@ def load_model(path, device="auto", dtype="auto", load_in=None):
 # --- LoRA -------------------------------------------------------------------------------------
 
 
-def add_lora(model, r, alpha, dropout, target_modules, modules_to_save=None):
+def add_lora(
+    model, r, alpha, dropout, target_modules, modules_to_save=None, rslora=False, dora=False
+):
     """Freezes `model` and adds new LoRA layers → peft.PeftModel.
 
     A target layer W then computes, in peft's Linear.forward (peft/tuners/lora/layer.py),
 
-        W x + b + (alpha / r) · B A dropout(x)
+        W x + b + s · B A dropout(x)        with s = alpha / r, or alpha / √r if rslora
 
-    with new matrices A [r, in], called lora_A, and B [out, r], called lora_B.
+    with new matrices A [r, in], called lora_A, and B [out, r], called lora_B. A starts random and B
+    starts at zero, so that training starts from the base's own answers. With dora it computes
 
-    A starts random and B starts at zero, so that training starts from the base's own answers.
+        m · (W + s · B A) x / |W + s · B A| + b
+
+    with the norm of each row, and new magnitudes m [out], which start as the norms of W's rows.
 
     target_modules: a list of module names, or one regular expression (a str) for whole paths;
     modules_to_save: names of modules to train whole. Raises ValueError for a name without a module.
     """
     adapters.check_targets(model, target_modules, modules_to_save or [])
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        modules_to_save=modules_to_save,
-    )
+    names = dict(target_modules=target_modules, modules_to_save=modules_to_save)
+    lora = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
+    config = LoraConfig(task_type="CAUSAL_LM", **names, **lora)
     return cast_trainable_to_fp32(get_peft_model(model, config))
 
 

@@ -3,73 +3,78 @@
     python train.py                                     # a built-in tiny model, about a minute
     python train.py --model THUDM/chatglm3-6b --data huanhuan.json --system "…"  # the real job
 
-Read it from top to bottom: the loop, one update, its data, the fast paths, preparation, flags.
+Read it from top to bottom: the loop, one update, evaluation, the fast paths, preparation, commands.
 """
 
-import argparse
 import itertools
 import math
 import random
-import re
 import signal
 import sys
 import time
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 import data
 import model as chatglm
-from support import commands, memory, processes, reports
-from support.bases import fingerprint, resolve_base
+from support import commands, forecast, memory, processes, reports
+from support.bases import check_same_base, find_base, fingerprint, trained_with
 from support.checkpoints import find_checkpoint, restore, run_identity
-from support.config import ADAPTER_DIR
-from support.progress import Progress, ProgressBar, check_overflows
+from support.progress import Progress, ProgressBar, check_overflows, eval_bar
 from support.run_directory import RunDirectory, check_output_dir
+from support.train_flags import lora_options, parse_args, run_args_of, take_lora_flags
 
 
 def train(args):
     """A whole run. Raises ValueError or OSError with a message for the user."""
-    processes.start(args.device)
     run = prepare(args)
     progress, optimizer, scaler = run.progress, run.optimizer, run.scaler
-    max_norm = args.max_grad_norm or math.inf  # 0: gradients are not clipped
     micro_step = make_micro_step(run)  # micro_step(batch, divisor) → loss
+    eval_step = run.eval_set and make_eval_step(args, run.model, run.eval_set, micro_step)
     processes.check_same_everywhere((run.identity, progress.step))
-    rank, _ = processes.rank_and_count()
-    directory = RunDirectory(args.output_dir, args.keep_checkpoints, is_writer=(rank == 0))
+    directory = RunDirectory(args, run_args_of(args))
     stop_signals = processes.catch_stop_signals()
     progress.start_clock()
 
-    with ProgressBar(run, is_shown=(rank == 0)) as bar, directory.opened(run.checkpoint):
-        for update in updates(run):
+    with ProgressBar(run) as bar, directory.opened(run.checkpoint):
+        for update in itertools.chain(updates(run), [None]):  # None: there is no update left
+            if run.must_evaluate():  # after the checkpoint: a run that is killed here repeats it
+                check_overflows(run, directory)
+                with progress.clock_stopped():
+                    eval_loss = evaluate(run.model, run.eval_set, args.batch_size, eval_step)
+                metrics = progress.count_evaluation(run.updates_per_epoch, eval_loss)
+                directory.log(metrics)
+                bar.show(metrics)
+                if progress.is_best():
+                    directory.save_best(run)
+            if update is None or progress.is_out_of_patience(args.patience):
+                break
             lr = learning_rate(progress.step, run.total_steps, args)
             optimizer.param_groups[0]["lr"] = lr
-            seed_dropout(args.seed, progress.step, rank)
-            loss, grad_norm = train_update(micro_step, update, optimizer, scaler, max_norm)
+            seed_dropout(args.seed, progress.step)
+            loss, grad_norm = train_update(micro_step, update, optimizer, scaler, run.max_norm)
             progress.count(update, loss, grad_norm)  # progress.step += 1
 
             stop_signal = stop_signals.agreed()
             is_last = progress.step == run.total_steps
             must_log = progress.step % args.logging_steps == 0 or is_last
             must_save = progress.step % args.save_steps == 0 or is_last or stop_signal
-            bar.advance(is_stopping=stop_signal)
-            # Only here are results read from the device.
+            bar.update()
+            # Reading a result waits for the device. So it is done only when it is needed.
             if must_log or must_save:
                 check_overflows(run, directory)
             if must_log:
                 metrics = progress.take_metrics(update.epoch, lr, grad_norm, scaler.get_scale())
-                bar.show(metrics)
                 directory.log(metrics)
+                bar.show(metrics)
             if must_save:
                 directory.save_checkpoint(run, wait=stop_signal or is_last)
             if stop_signal:
                 processes.exit_after_signal(stop_signal, progress.step, directory.path)
         directory.save_result(run)
     reports.report_result(run)
-    processes.close()
 
 
 # --- one update -------------------------------------------------------------------------------
@@ -79,7 +84,7 @@ def train_update(micro_step, update, optimizer, scaler, max_norm):
     """One optimiser step on the mean loss over the supervised tokens of the whole update.
 
     Every loss is divided by update.supervised, the number of these tokens in all micro-batches and
-    processes. So how the samples are split matters only to the masks of dropout.
+    processes. So the split into micro-batches changes only the masks of dropout.
 
     → (the loss, the gradients' norm before clipping), both scalar tensors on the device. If fp16
     overflowed, the norm is not finite. GradScaler then skips the step and lowers its scale.
@@ -101,15 +106,17 @@ def train_update(micro_step, update, optimizer, scaler, max_norm):
     return loss, grad_norm
 
 
-def forward_backward(model, scaler, batch, divisor):
-    """Forward and backward of one data.MicroBatch → its part of the update's loss.
-
-    All tensors are on the device, so that nothing here waits for the device.
-    """
+def forward_loss(model, batch, divisor):
+    """→ the summed loss of one data.MicroBatch, divided. Nothing in it waits for the device."""
     mixed = model.dtype != torch.float32  # fp16 or bf16
     with torch.autocast(model.device.type, dtype=model.dtype, enabled=mixed):
-        # Divide before backward. The fp16 gradients of an undivided sum could overflow.
-        loss = model.summed_loss(batch) / divisor
+        return model.summed_loss(batch) / divisor
+
+
+def forward_backward(model, scaler, batch, divisor):
+    """Forward and backward of one data.MicroBatch → its part of the update's loss."""
+    # Divide before backward. The fp16 gradients of an undivided sum could overflow.
+    loss = forward_loss(model, batch, divisor)
     # The memory pool of CUDAGraphs applies to this thread only. So backward must run here too.
     with torch.autograd.set_multithreading_enabled(False):
         scaler.scale(loss).backward()
@@ -119,6 +126,8 @@ def forward_backward(model, scaler, batch, divisor):
 def learning_rate(step, total_steps, args):
     """The learning rate of update `step`, counted from 0: linear warm-up, then the schedule."""
     peak, warmup_steps = args.learning_rate, args.warmup_steps
+    if isinstance(warmup_steps, float):  # a share
+        warmup_steps = round(warmup_steps * total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)  # from 0 to 1
@@ -126,48 +135,56 @@ def learning_rate(step, total_steps, args):
     return peak * decay[args.lr_schedule]
 
 
-def seed_dropout(seed, step, rank):
+def seed_dropout(seed, step):
     """Seeds dropout from the update and the process, so that a resumed run draws the same masks."""
+    rank, _ = processes.rank_and_count()
     torch.manual_seed(random.Random(f"{seed} {step + 1} {rank}").getrandbits(63))
-
-
-# --- what an update is made of ----------------------------------------------------------------
-
-
-class Update(NamedTuple):
-    """The data of one update: this process's micro-batches, and counts over all processes."""
-
-    epoch: int  # from 0
-    micro_batches: list
-    samples: int
-    tokens: int
-    supervised: int  # supervised tokens
 
 
 def updates(run):
     """Yields the Updates of the run that are not done yet."""
-    first_epoch, skip = divmod(run.progress.step, run.updates_per_epoch)
-    remaining = run.total_steps - run.progress.step
-    for epoch in itertools.count(first_epoch):
-        order = run.order_of_epoch(epoch)[skip:][:remaining]
-        options = dict(batch_sampler=order, collate_fn=partial(make_update, run, epoch))
-        yield from DataLoader(run.dataset, pin_memory=run.device.type == "cuda", **options)
-        remaining -= len(order)
-        if not remaining:
-            return
-        skip = 0
+    for epoch, order in run.coming_epochs():
+        yield from load_updates(run, epoch, order)
 
 
-def make_update(run, epoch, samples):
-    """[(input_ids, labels)] of a whole update → Update"""
-    starts = range(0, len(samples), run.args.batch_size)
-    parts = [samples[start : start + run.args.batch_size] for start in starts]
-    rank, count = processes.rank_and_count()
-    mine = parts[rank::count]
-    micro_batches = [data.collate(part, run.dataset.prefix_length) for part in mine]
-    tokens = sum(len(input_ids) for input_ids, _ in samples)
-    supervised = sum(data.count_supervised(labels) for _, labels in samples)
-    return Update(epoch, micro_batches, len(samples), tokens, supervised)
+def load_updates(run, epoch, order):
+    """→ an iterable of data.Update. order: for each of them, the indices of its samples"""
+    layout = (epoch, run.args.batch_size, run.dataset.prefix_length)
+    options = dict(batch_sampler=order, collate_fn=partial(data.make_update, *layout))
+    return DataLoader(run.dataset, pin_memory=run.device.type == "cuda", **options)
+
+
+# --- evaluation -------------------------------------------------------------------------------
+
+
+def evaluate(model, dataset, batch_size, eval_step):
+    """→ the mean loss over all supervised tokens of a data.ConversationDataset, a float.
+
+    Dropout is off. The processes share the micro-batches. Nothing that training uses is changed.
+    """
+    model.eval()
+    device = model.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    one = torch.ones((), device=device)
+    for batch in eval_bar(data.eval_batches(dataset, batch_size, device.type == "cuda")):
+        total += eval_step(batch.to(device), one)
+    model.train()
+    processes.add_up(total)
+    return total.item() / sum(dataset.supervised)
+
+
+def make_eval_step(args, model, dataset, micro_step=None):
+    """→ eval_step(batch, divisor): forward_loss, with the fast paths of training's micro_step.
+
+    The longest micro-batch of `dataset` is tried. Raises ValueError if it does not fit.
+    """
+    forward = torch.no_grad()(partial(forward_loss, model))
+    eval_step = with_cuda_graphs(args, model, forward, like=micro_step)
+    if model.device.type == "cuda" or args.compile:
+        samples = memory.longest_samples(dataset, args.batch_size, args.max_length)
+        longest = data.collate(samples, dataset.prefix_length)
+        memory.try_evaluation(model, eval_step, longest.to(model.device))
+    return eval_step
 
 
 # --- the fast paths ---------------------------------------------------------------------------
@@ -177,13 +194,15 @@ class CUDAGraphs:
     """Replays a micro-step as one launch. Small batches otherwise wait for thousands of launches.
 
     The first micro-batch of a shape runs eagerly. The second is captured in a graph, which is
-    replayed from then on. All graphs, at most `max_graphs`, share one pool of memory.
+    replayed from then on. All graphs, at most `max_graphs`, share one pool of memory, with those
+    of the CUDAGraphs `like` too.
     """
 
-    def __init__(self, micro_step, max_graphs=96):
+    def __init__(self, micro_step, like=None, max_graphs=96):
         self.micro_step, self.max_graphs = micro_step, max_graphs
         self.seen_shapes, self.graphs = set(), {}
-        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
+        self.pool = like.pool if like else torch.cuda.MemPool()
+        self.stream = like.stream if like else torch.cuda.Stream()  # memory belongs to a stream
 
     def __call__(self, batch, divisor):
         shapes = tuple(tensor.shape for tensor in batch)
@@ -224,20 +243,12 @@ def make_micro_step(run):
 
     On CUDA, or with --compile, the longest micro-batch is tried first, so that memory does not run
     out an hour later. --gradient-checkpointing auto recomputes no more blocks than necessary; a
-    resumed run recomputes as many as before. Raises ValueError if that doesn't work or fit.
+    resumed run recomputes as many as before. Raises ValueError if memory runs out.
     """
     args, model, encoder = run.args, run.model, run.model.transformer.encoder
-    if args.cuda_graphs and run.device.type != "cuda":
-        raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False  # only autocast casts LoRA's input
-    if args.compile:
-        compile_training(model)
-    samples = memory.longest_samples(run.dataset, args.batch_size)
-    longest = data.collate(samples, run.dataset.prefix_length).to(run.device)
-    size = f"{len(samples)} × {max(run.dataset.lengths)} tokens"
-    trial = memory.Trial(longest, size, run.optimizer, is_compiled=args.compile)
+    set_up_model(args, model)
+    samples = memory.longest_samples(run.dataset, args.batch_size, args.max_length)
+    trial = memory.Trial(run, data.collate(samples, run.dataset.prefix_length).to(run.device))
 
     def attempt(count):
         """→ the micro-step with `count` recomputed blocks, or None if that does not fit"""
@@ -245,21 +256,24 @@ def make_micro_step(run):
         micro_step = with_cuda_graphs(args, model, partial(forward_backward, model, run.scaler))
         return micro_step if trial.fits(micro_step) else None
 
-    wanted, layers = args.gradient_checkpointing, len(encoder.layers)
-    if run.checkpoint:
-        wanted = run.progress.recomputed_layers
-    elif wanted == "auto" and args.cuda_graphs:
-        wanted = "off"  # recomputed blocks can't be captured
-    if wanted == "auto":
-        micro_step = memory.fewest_that_fit(attempt, layers)
-    else:
-        micro_step = attempt(min({"all": layers, "off": 0}.get(wanted, wanted), layers))
-    trial.check(micro_step, f"{encoder.recomputed_layers} of {layers} blocks checkpointed")
+    micro_step = memory.recompute_as_wanted(run, attempt, len(encoder.layers))
+    trial.check(micro_step, f"{encoder.recomputed_layers} of {len(encoder.layers)} blocks")
     run.progress.recomputed_layers = encoder.recomputed_layers
     for param in run.optimizer.param_groups[0]["params"]:
         # A captured graph adds to the very gradients that its trial allocated.
         param.grad = torch.zeros_like(param) if param.grad is None else param.grad.zero_()
     return micro_step
+
+
+def set_up_model(args, model):
+    """What the fast paths need of the model, before its first step"""
+    # A graph reads the table where it is now. So it must not grow later.
+    model.transformer.rope_for(args.max_length, model.device)
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # only autocast casts LoRA's input
+    if args.compile:
+        compile_training(model)
 
 
 def compile_training(model):
@@ -271,19 +285,19 @@ def compile_training(model):
     model.chunk_loss = torch.compile(model.chunk_loss, dynamic=True)
 
 
-def with_cuda_graphs(args, model, micro_step):
-    """→ CUDAGraphs(micro_step), or micro_step where graphs are impossible or not wanted"""
+def with_cuda_graphs(args, model, micro_step, like=None):
+    """→ CUDAGraphs(micro_step, like), or micro_step where graphs are impossible or not wanted"""
+    if args.cuda_graphs and model.device.type != "cuda":
+        raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
     # Recomputed dropout can't be captured, because it sets the random state; nor can 8-bit
     # products, which wait for the device. 4-bit ones have not been tried.
     recomputes = model.transformer.encoder.recomputed_layers > 0
-    sets_random_state = recomputes or model.output_layer_has_dropout()
-    is_possible = not sets_random_state and not args.load_in
+    is_possible = not (recomputes or model.output_layer_has_dropout() or args.load_in)
     if args.cuda_graphs and not is_possible:
         what = "checkpointed or quantised blocks, or dropout on the output layer"
         raise ValueError(f"--cuda-graphs can't replay {what}; leave one out")
-    is_wanted = args.cuda_graphs is not False  # None: neither flag was given
-    use_them = model.device.type == "cuda" and is_possible and is_wanted
-    return CUDAGraphs(micro_step) if use_them else micro_step
+    use_them = model.device.type == "cuda" and is_possible and args.cuda_graphs is not False
+    return CUDAGraphs(micro_step, like) if use_them else micro_step
 
 
 # --- preparation ------------------------------------------------------------------------------
@@ -292,10 +306,12 @@ def with_cuda_graphs(args, model, micro_step):
 class Run:
     """Model, data, optimiser, scaler and progress of one run."""
 
-    def __init__(self, args, peft_model, dataset, checkpoint=None):
+    def __init__(self, args, peft_model, dataset, checkpoint=None, eval_set=None):
         self.args, self.peft_model, self.dataset = args, peft_model, dataset
+        self.eval_set = eval_set  # a second data.ConversationDataset, or None
         self.checkpoint = checkpoint  # the directory to continue from, or None
         self.identity = None  # what must be the same for the run to continue: checkpoints.py
+        self.peak_memory = None  # bytes, of the longest micro-batch on CUDA: memory.py
         self.model = peft_model.get_base_model().train()  # our network, with LoRA inside
         self.device = self.model.device
         self.progress = Progress(self.device)
@@ -304,11 +320,19 @@ class Run:
         self.scaler.scale(torch.zeros((), device=self.device))
         params = [param for param in self.model.parameters() if param.requires_grad]
         fused = self.device.type == "cuda"  # a skipped step then needs no wait for the device
-        self.optimizer = torch.optim.AdamW(params, weight_decay=args.weight_decay, fused=fused)
+        options = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay)
+        self.optimizer = torch.optim.AdamW(params, **options, fused=fused)
+        self.max_norm = args.max_grad_norm or math.inf  # 0: gradients are not clipped
         per_process = args.batch_size * args.gradient_accumulation_steps
         self.samples_per_update = per_process * processes.rank_and_count()[1]
         self.updates_per_epoch = math.ceil(dataset.samples_per_epoch / self.samples_per_update)
         self.total_steps = args.max_steps or args.epochs * self.updates_per_epoch
+        self.eval_every = args.eval_steps or self.updates_per_epoch  # so many updates
+
+    def must_evaluate(self):
+        step = self.progress.step
+        is_due = step % self.eval_every == 0 or step == self.total_steps
+        return self.eval_set is not None and is_due and step > self.progress.evaluated_step
 
     def order_of_epoch(self, epoch):
         """→ for each update of the epoch, the indices of its samples"""
@@ -316,10 +340,14 @@ class Run:
         lengths, size = self.dataset.lengths, self.samples_per_update
         return data.update_order(indices, lengths, size, self.args.seed, epoch)
 
-    def places_of_samples(self, step):
-        """→ the places in the files of the samples of update `step`, counted from 0"""
-        epoch, number = divmod(step, self.updates_per_epoch)
-        return [self.dataset.places[i] for i in self.order_of_epoch(epoch)[number]]
+    def coming_epochs(self):
+        """Yields (epoch, order_of_epoch) of what is not done yet."""
+        step = self.progress.step
+        while step < self.total_steps:
+            epoch, skip = divmod(step, self.updates_per_epoch)
+            order = self.order_of_epoch(epoch)[skip:][: self.total_steps - step]
+            yield epoch, order
+            step += len(order)
 
 
 def prepare(args):
@@ -329,116 +357,89 @@ def prepare(args):
     """
     if args.model is None:
         commands.announce_built_in_model(sys.stdout)
-    commands.check_utf8(args.output_dir, args.system, args.model, *args.data)
-    check_output_dir(args.output_dir, args.resume, args.overwrite)
+    check_output_dir(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume)
-    path = chatglm.built_in_model() if args.model is None else resolve_base(args.model)
-    tokenizer = data.ChatGLMTokenizer(path)
-    dataset = data.ConversationDataset(
-        args.data, tokenizer, args.max_length, args.system, args.keys
-    )
-    start = time.perf_counter()
-    model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
-    reports.describe_base(model, path, time.perf_counter() - start)
-    tokenizer.check_fits(model.config.padded_vocab_size)
-    if args.max_length > model.config.seq_length:
-        most = f"this model takes at most {model.config.seq_length} tokens"
-        raise ValueError(f"--max-length {args.max_length}: {most}")
+    path = find_base(args.model) or chatglm.built_in_model()
+    tokenizer, dataset, eval_set, model = read_inputs(args, path)
     args.base, args.tools = fingerprint(model, tokenizer.digest), dataset.reader.about_tools()
     if checkpoint:
         peft_model = chatglm.load_adapter(model, checkpoint, is_trainable=True)
+    elif args.init_adapter:
+        check_same_base(args.base, trained_with(args.init_adapter).base, path, args.init_adapter)
+        peft_model = chatglm.load_adapter(model, args.init_adapter, is_trainable=True)
     else:
         torch.manual_seed(args.seed)
-        targets = args.target_modules
-        if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-            targets = targets[0]  # it is a regular expression
-        lora = (args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.modules_to_save)
-        peft_model = chatglm.add_lora(model, *lora)
-    run = Run(args, peft_model, dataset, checkpoint)
+        peft_model = chatglm.add_lora(model, **lora_options(args))
+    if args.init_adapter:  # also where the run is resumed
+        take_lora_flags(args, peft_model.peft_config["default"])
+    run = Run(args, peft_model, dataset, checkpoint, eval_set)
     run.identity = run_identity(run)
-    reports.describe_run(run, reports.render(tokenizer, *dataset[0]))
+    reports.describe_run(run, tokenizer)
     if checkpoint:
         restore(run)
     return run
 
 
+def read_inputs(args, path):
+    """→ (tokenizer, dataset to train on, dataset to evaluate or None, base); path: of the base"""
+    tokenizer = data.ChatGLMTokenizer(path)
+    options = (tokenizer, args.max_length, args.system, args.keys)
+    dataset = None if args.eval_only else data.ConversationDataset(args.data, *options)
+    eval_set = data.ConversationDataset(args.eval_data, *options) if args.eval_data else None
+    if args.eval_split:
+        dataset, eval_set = dataset.split(args.eval_split, args.seed)
+    start = time.perf_counter()
+    model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
+    reports.describe_base(model, path, time.perf_counter() - start)
+    tokenizer.check_fits(model.config.padded_vocab_size)
+    model.config.check_length(args.max_length)
+    return tokenizer, dataset, eval_set, model
+
+
 # --- the command ------------------------------------------------------------------------------
 
-LINEAR_LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-DEFAULTS = {  # (with --model, without): the built-in model needs more, because it is random
-    "learning_rate": (1e-4, 3e-3),
-    "epochs": (3, 50),
-    "lora_r": (8, 16),
-    "lora_dropout": (0.1, 0.0),
-    "target_modules": (["query_key_value"], LINEAR_LAYERS),
-}
+
+def dry_run(args):
+    """Makes a few updates, prints what the whole run will need, and keeps nothing."""
+    run = prepare(args)
+    micro_step = memory.fit_or_advise(run, make_micro_step)
+    eval_step = run.eval_set and make_eval_step(args, run.model, run.eval_set, micro_step)
+
+    def run_update(update):
+        seed_dropout(args.seed, run.progress.step)
+        train_update(micro_step, update, run.optimizer, run.scaler, run.max_norm)
+
+    load, eval_batches = partial(load_updates, run), partial(data.eval_batches, run.eval_set)
+    max_graphs = micro_step.max_graphs if isinstance(micro_step, CUDAGraphs) else 0
+    forecast.print_forecast(run, load, run_update, eval_batches, eval_step, max_graphs)
 
 
-def parse_args(argv=None):
-    def default(name):
-        texts = [" ".join(v) if isinstance(v, list) else str(v) for v in DEFAULTS[name]]
-        return f"(default: {texts[0]}; without --model: {texts[1]})"
-
-    number, from_0 = commands.number, commands.number(0.0, 1e6)
-    parser = commands.new_parser(__doc__, usage="%(prog)s [options]")
-    add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="DIR_OR_HUB_ID", help="the base; without it, the built-in tiny model")
-    times = "FILE:N stands for N times in an epoch, 0.5 or 2 (default: dataset/sample.jsonl)"
-    add("--data", nargs="+", metavar="FILE", help=f"JSON, JSONL, CSV or TSV; {times}")
-    commands.add_keys_flag(add)
-    add("--system", metavar="TEXT", help="system message for conversations without one")
-    add("--output-dir", default=ADAPTER_DIR, help="where the adapter and checkpoints go")
-    add("--max-length", type=number(8), default=512, help="tokens to which longer samples are cut")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=number(1), default=4, help="samples per micro-batch")
-    add("--gradient-accumulation-steps", type=number(1), default=2, help="micro-batches per update")
-    add("--epochs", type=number(1), help=f"passes over the data {default('epochs')}")
-    add("--max-steps", type=number(1), help="number of updates, instead of --epochs")
-    peak = f"AdamW's, at its peak {default('learning_rate')}"
-    add("--learning-rate", type=number(0.0, 1e3), help=peak)
-    schedules = dict(choices=("linear", "cosine", "constant"), default="linear")
-    add("--lr-schedule", **schedules, help="how the learning rate falls after warm-up")
-    add("--warmup-steps", type=number(0), default=0, help="updates in which the rate rises")
-    add("--weight-decay", type=from_0, default=0.0, help="AdamW's")
-    add("--max-grad-norm", type=from_0, default=1.0, help="limit of the gradients' norm; 0: none")
-    add("--seed", type=number(0), default=42, help="of LoRA's start, dropout and sample order")
-    add = parser.add_argument_group("LoRA").add_argument
-    add("--lora-r", type=number(1, 4096), help=f"rank {default('lora_r')}")
-    add("--lora-alpha", type=from_0, default=32, help="LoRA's output is scaled by alpha / r")
-    add("--lora-dropout", type=number(0.0, 0.99), help=f"on LoRA's input {default('lora_dropout')}")
-    targets = f"names of layers, or a regular expression for paths {default('target_modules')}"
-    add("--target-modules", nargs="+", metavar="NAME", help=targets)
-    add("--modules-to-save", nargs="+", metavar="NAME", help="modules to train and save whole")
-    add = parser.add_argument_group("machine").add_argument
-    commands.add_device_flags(add)
-    commands.add_checkpointing_flag(add)
-    commands.add_load_in_flag(add)
-    add("--compile", action="store_true", help="compile: faster, after up to half a minute")
-    graphs = "replay micro-steps as CUDA graphs (default: on CUDA, where that is possible)"
-    add("--cuda-graphs", action=argparse.BooleanOptionalAction, help=graphs)
-    add = parser.add_argument_group("progress").add_argument
-    add("--logging-steps", type=number(1), default=10, help="updates between lines of metrics")
-    add("--save-steps", type=number(1), default=100, help="updates between checkpoints")
-    add("--keep-checkpoints", type=number(1), metavar="N", help="keep only the newest N")
-    resume = "continue from the newest checkpoint, or the one named; if none was saved yet, start"
-    add("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=resume)
-    add("--overwrite", action="store_true", help="delete the run in --output-dir, and start over")
-
-    args = parser.parse_args(argv)
-    args.data = args.data or [str(data.SAMPLE)]
-    for name, (real, built_in) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, real if args.model is not None else built_in)
-    return args
+def eval_only(args):
+    """Prints the loss of the base, or of args.adapter on it, over args.eval_data."""
+    path = find_base(args.model, args.adapter) or chatglm.built_in_model()
+    trained = trained_with(args.adapter)
+    args.system = trained.system if args.system is None else args.system
+    tokenizer, _, dataset, model = read_inputs(args, path)
+    check_same_base(fingerprint(model, tokenizer.digest), trained.base, path, args.adapter)
+    if args.adapter:
+        model = chatglm.load_adapter(model, args.adapter).get_base_model()
+    set_up_model(args, model)
+    start = time.perf_counter()
+    loss = evaluate(model, dataset, args.batch_size, make_eval_step(args, model, dataset))
+    reports.report_evaluation(dataset, loss, time.perf_counter() - start)
 
 
 def main(argv=None):
     args = parse_args(argv)
     commands.prepare_terminal()
     try:
-        train(args)
+        commands.check_utf8(*(sys.argv if argv is None else argv))
+        processes.start(args.device)
+        job = eval_only if args.eval_only else dry_run if args.dry_run else train
+        job(args)
+        processes.close()
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # no update had begun: later, StopSignals receive it
+        sys.exit(128 + signal.SIGINT)  # before the first update: later, StopSignals receives it
     except Exception as error:
         processes.wait_if_not_first(error)
         advice = "out of memory; try --gradient-checkpointing all, or a smaller --batch-size"

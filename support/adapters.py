@@ -2,7 +2,8 @@
 
 Source of the format: peft's `PeftModel.save_pretrained`. Tensors are named "base_model.model.", the
 path of the module, then "lora_A.weight" or "lora_B.weight" (of an embedding "lora_embedding_A" and
-"lora_embedding_B"). A module that was trained whole has its own tensors' names.
+"lora_embedding_B"), and with DoRA also "lora_magnitude_vector". A module that was trained whole has
+its own tensors' names.
 """
 
 import dataclasses

@@ -47,14 +47,19 @@ def resolve_base(name):
     return name
 
 
-def find_base(model, adapter_dir, no_adapter):
-    """→ the base that infer.py's flags mean: a directory or a hub id; None for the built-in one.
+def find_base(model, adapter_dir=None, no_adapter=False):
+    """→ the base that the flags mean: a directory or a hub id; None for the built-in one.
+
+    adapter_dir: None, or a directory; ADAPTER_DIR, infer.py's default, may be missing with
+    no_adapter.
 
     Raises ValueError: see resolve_base and base_of_adapter.
     """
     if model:
         return resolve_base(model)
     if no_adapter and adapter_dir == ADAPTER_DIR and not Path(adapter_dir).exists():
+        adapter_dir = None
+    if adapter_dir is None:
         return None
     return base_of_adapter(adapter_dir)
 
@@ -182,14 +187,17 @@ def fingerprint(model, vocabulary_digest, samples=1024):
     return result
 
 
-def check_same_base(found, trained_on, path, adapter):
-    """Raises ValueError if two fingerprints differ. What one of them lacks is not compared."""
+def check_same_base(found, trained_on, path, adapter, other_ways=""):
+    """Raises ValueError if two fingerprints differ. What one of them lacks is not compared.
+
+    other_ways: the advice beside that of giving the right base
+    """
     told = {"shape": "shape", "vocabulary": "vocabulary", "fixed": "weights", "matrices": "weights"}
     for key, what in told.items():
         if found[key] and trained_on.get(key) and found[key] != trained_on[key]:
             raise ValueError(
                 f"{path}: {adapter} was trained on a base with other {what}; give that one with "
-                "--model, use this one alone with --no-adapter, or accept it with --force"
+                f"--model{other_ways}"
             )
 
 
@@ -202,9 +210,9 @@ class TrainedWith(NamedTuple):
 
 
 def trained_with(adapter_dir):
-    """→ TrainedWith. Raises ValueError if the file is damaged."""
-    file = Path(adapter_dir, "training_args.json")
-    arguments = read_json(file) if file.exists() else {}
+    """→ TrainedWith, of None for no adapter. Raises ValueError if the file is damaged."""
+    file = Path(adapter_dir or "", "training_args.json")
+    arguments = read_json(file) if adapter_dir and file.exists() else {}
     system, base, tools = (arguments.get(name) for name in TrainedWith._fields)
     base, tools = base or {}, tools or {}
     are_right = isinstance(system, str | None) and isinstance(base, dict)

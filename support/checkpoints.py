@@ -7,6 +7,7 @@ checkpoint-N/ is the run after update N:
     training_state.safetensors                          AdamW's moments
     training_state.json                                 progress, the loss scale, the run's identity
     metrics.jsonl                                       the metrics so far
+    best_model.safetensors                              the best adapter so far, with evaluations
     SHA256SUMS                                          digests of all of these
 
 There is no random state in it, because dropout is seeded anew for each update.
@@ -18,6 +19,7 @@ renamed. Before it is deleted, it is renamed too. SHA256SUMS tells if it was dam
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -38,10 +40,15 @@ from support.files import (
     write_new_directory,
 )
 from support.processes import rank_and_count
+from support.run_args import RUN_ARGS, flag_of
+from support.train_flags import NOT_OF_THE_RUN, default_flags
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "training_args.json")
 STATE = ("training_state.safetensors", "training_state.json", "metrics.jsonl")
-CONTENTS = ADAPTER + STATE  # what SHA256SUMS lists
+CONTENTS = ADAPTER + STATE  # what SHA256SUMS lists, and BEST_MODEL if it is there
+BEST_MODEL = "best_model.safetensors"
+BEST = "best"  # the directory of the adapter with the lowest evaluation loss
+TENSORBOARD = "tensorboard"
 
 
 # --- writing ----------------------------------------------------------------------------------
@@ -52,15 +59,16 @@ def result_files(run):
 
     infer.py reads the system message and the base's fingerprint from the arguments.
     """
-    left_out = ("output_dir", "resume", "overwrite")
+    left_out = ("output_dir", *NOT_OF_THE_RUN)
     kept = {name: value for name, value in vars(run.args).items() if name not in left_out}
     return adapter_files(run.peft_model) | {"training_args.json": as_json(kept)}
 
 
-def checkpoint_files(run, metrics):
+def checkpoint_files(run, metrics, best_model=None):
     """→ {file name: content} of a checkpoint, without SHA256SUMS. Tensors are copies on the CPU.
 
-    run: a train.Run; metrics: the bytes of metrics.jsonl so far.
+    run: a train.Run; metrics: the bytes of metrics.jsonl so far; best_model: the bytes of best/'s
+    adapter_model.safetensors, or None
     """
     moments = {
         f"{i}.{name}": tensor.to("cpu", copy=True)
@@ -76,20 +84,15 @@ def checkpoint_files(run, metrics):
         "training_state.safetensors": moments,
         "training_state.json": as_json(state),
         "metrics.jsonl": metrics,
+        **({BEST_MODEL: best_model} if best_model else {}),
     }
 
 
 def write_checkpoint(directory, files, keep=None):
     """Writes a whole checkpoint. Then keeps it and the keep - 1 before it, if `keep` is given."""
     files = {name: as_bytes(content) for name, content in files.items()}
-    sums = "".join(f"{sha256(files[name])}  {name}\n" for name in CONTENTS)
-    part = write_new_directory(
-        directory.with_suffix(".part"), files | {"SHA256SUMS": sums.encode()}
-    )
-    if directory.exists():  # damaged, or of a run that was resumed from an earlier one
-        discard(directory)
-    os.replace(part, directory)
-    flush_to_disk(directory.parent)
+    sums = "".join(f"{sha256(files[name])}  {name}\n" for name in ordered(files))
+    replace_directory(directory, files | {"SHA256SUMS": sums.encode()})
     # Later checkpoints, of a run that was resumed from an earlier one, stay until it gets there.
     found = list_checkpoints(directory.parent)
     this_and_older = found[found.index(directory) :]
@@ -97,12 +100,31 @@ def write_checkpoint(directory, files, keep=None):
         discard(old)
 
 
-def discard(checkpoint):
-    """Renames a checkpoint, then deletes it: a part of it never has its name."""
-    gone = checkpoint.with_name(f"{checkpoint.name}.old.part")
+def ordered(names):
+    """→ those names of files that SHA256SUMS lists, in its order"""
+    return [name for name in (*CONTENTS, BEST_MODEL) if name in names or name in CONTENTS]
+
+
+def replace_directory(directory, files):
+    """Writes {name: content} into `directory`, in place of what is there: whole, or not at all."""
+    part = write_new_directory(directory.with_name(f"{directory.name}.part"), files)
+    old = put_away(directory) if directory.exists() else None
+    os.replace(part, directory)
+    flush_to_disk(directory.parent)
+    if old:
+        delete(old)
+
+
+def put_away(directory):
+    """Renames a directory that is to be deleted: a part of it never has its name. → the new path"""
+    gone = directory.with_name(f"{directory.name}.old.part")
     shutil.rmtree(gone, ignore_errors=True)
-    checkpoint.rename(gone)
-    delete(gone)
+    return directory.rename(gone)
+
+
+def discard(directory):
+    """Deletes a directory at once, for whoever looks at its name."""
+    delete(put_away(directory))
 
 
 # --- finding ----------------------------------------------------------------------------------
@@ -120,14 +142,17 @@ def list_checkpoints(output_dir):
 
 def list_unfinished(output_dir):
     """→ what was being written or discarded when a run was killed"""
-    return [*output_dir.glob("checkpoint-*.part"), *output_dir.glob("adapter.part")]
+    names = ("checkpoint-*.part", "adapter.part", f"{BEST}.part", f"{BEST}.old.part")
+    names += (f"{TENSORBOARD}.old.part", "metrics.jsonl.part", f"{RUN_ARGS}.part")
+    return [path for name in names for path in output_dir.glob(name)]
 
 
 def is_intact(checkpoint):
     """Whether its files are those that SHA256SUMS lists."""
     try:
         lines = (checkpoint / "SHA256SUMS").read_text("ascii").splitlines()
-        contents = {name: (checkpoint / name).read_bytes() for name in CONTENTS}
+        names = ordered([line.partition("  ")[2] for line in lines])
+        contents = {name: (checkpoint / name).read_bytes() for name in names}
     except (OSError, ValueError):
         return False
     return lines == [f"{sha256(content)}  {name}" for name, content in contents.items()]
@@ -157,8 +182,9 @@ def find_checkpoint(output_dir, wanted):
             print(f"{damaged} is damaged (see its SHA256SUMS): skipped", file=sys.stderr)
     if checkpoint:
         return checkpoint
-    started = {output_dir / "metrics.jsonl", output_dir / LOCK, *list_unfinished(output_dir)}
-    if set(output_dir.glob("*")) - started:
+    names = ("metrics.jsonl", LOCK, RUN_ARGS, BEST, TENSORBOARD)
+    started = {output_dir / name for name in names}
+    if set(output_dir.glob("*")) - started - {*list_unfinished(output_dir)}:
         what = "has no intact checkpoint to resume from"
         raise ValueError(f"{output_dir} {what}; --overwrite starts over")
     print(f"{output_dir} has no checkpoint yet: from the start")
@@ -181,6 +207,7 @@ def _named_checkpoint(output_dir, name):
 # Arguments that may change when a run is resumed: they do not affect the result, or run_identity
 # holds what matters of them in another form.
 MAY_CHANGE = (
+    *NOT_OF_THE_RUN,
     "model",
     "base",
     "data",
@@ -193,21 +220,26 @@ MAY_CHANGE = (
     "output_dir",
     "save_steps",
     "keep_checkpoints",
-    "resume",
-    "overwrite",
+    "patience",
+    "tensorboard",
+    "eval_data",
 )
+
+
+DIGESTS = ("--model", "--data", "--eval-data")  # not told: they are digests
 
 
 def run_identity(run):
     """→ {name: value} of all that must be the same for a run to continue bit for bit"""
     kept = {name: value for name, value in vars(run.args).items() if name not in MAY_CHANGE}
-    identity = {f"--{name.replace('_', '-')}": value for name, value in kept.items()}
+    identity = {flag_of(name): value for name, value in kept.items()}
     return identity | {
         "--device": run.device.type,
         "--dtype": dtype_name(run.model.dtype),
         "--batch-size × --gradient-accumulation-steps × processes": run.samples_per_update,
         "--model": run.args.base,
         "--data": run.dataset.digest,
+        "--eval-data": run.eval_set.digest if run.eval_set else None,
     }
 
 
@@ -221,7 +253,8 @@ def restore(run):
     not_ours = f"{checkpoint}: not a checkpoint of train.py"
     try:
         state = json.loads((checkpoint / "training_state.json").read_text("utf-8"))
-        old, new = state["run"], run.identity
+        # A flag that the checkpoint does not know is newer than it, and was at its default.
+        old, new = default_flags() | state["run"], run.identity
         changed = [name for name in new if old.get(name) != new[name]]
     except Exception as error:  # whatever the readers raise on a file that train.py didn't write
         raise ValueError(f"{not_ours}: {one_line(error)}") from error
@@ -229,9 +262,11 @@ def restore(run):
         told = []
         for name in changed:
             was, now = printable(str(old.get(name))), printable(str(new[name]))
-            told.append(name if name in ("--model", "--data") else f"{name} was {was}, is {now}")
+            told.append(name if name in DIGESTS else f"{name} was {was}, is {now}")
         what = f"is of a run with other settings: {'; '.join(told)}"
-        raise ValueError(f"{checkpoint} {what}; give those, or --overwrite starts over")
+        advice = f"a new run can start from it with --init-adapter {shlex.quote(str(checkpoint))}, "
+        advice += "another --output-dir, and no flag of LoRA"
+        raise ValueError(f"{checkpoint} {what}; give those, or --overwrite starts over; {advice}")
     try:
         moments = _read_moments(
             checkpoint / "training_state.safetensors", optimizer.param_groups[0]["params"]

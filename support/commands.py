@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import suppress
 
 import torch
 import transformers
@@ -31,6 +32,28 @@ def number(low, high=10**9):
     return parse
 
 
+def not_empty(text):
+    """A type for argparse: any text but the empty one, which a shell gives for an unset variable"""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def directory(text):
+    """A type for argparse: a path, in one form, so that out and out/ are the same"""
+    return os.path.normpath(not_empty(text))
+
+
+def number_or_share(text):
+    """A type for argparse: a whole number, or a share below 1 such as 0.03."""
+    with suppress(argparse.ArgumentTypeError):
+        return number(0)(text)
+    with suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number, or a share below 1, not {text!r}")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each default that is a value: not those of flags that are off."""
 
@@ -50,9 +73,8 @@ def number_of_blocks(text):
         raise argparse.ArgumentTypeError(what) from None
 
 
-def new_parser(doc, **options):
-    """A parser whose description is the first line of a command's docstring."""
-    description = doc.splitlines()[0]
+def new_parser(description, **options):
+    """A parser for argparse. It takes no shortened flags, and its help shows defaults."""
     options |= dict(allow_abbrev=False, formatter_class=HelpFormatter)
     return argparse.ArgumentParser(description=description, **options)
 
@@ -111,12 +133,31 @@ def quiet_libraries():
 
 def bar_options():
     """→ options of tqdm: a bar is drawn ten times a second on a terminal, else every ten seconds"""
-    return dict(dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return dict(dynamic_ncols=True, mininterval=interval, file=ErrorOutput())
 
 
-def discard_output():
-    """Sends stdout nowhere from now on, because whoever read it has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class ErrorOutput:
+    """sys.stderr, but no error if whoever read it has gone. Ctrl-C may have ended them too, and
+    the error would cost the update that is to be saved."""
+
+    def __getattr__(self, name):
+        return getattr(sys.stderr, name)
+
+    def flush(self):
+        self.write("")
+
+    def write(self, text):
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            discard_output(sys.stderr)
+
+
+def discard_output(stream):
+    """Sends stdout or stderr nowhere from now on, because whoever read it has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def exit_with(error, program, out_of_memory):
@@ -134,7 +175,8 @@ def exit_with(error, program, out_of_memory):
         text = f"{error.filename}: {error.strerror}"
     elif not isinstance(error, ValueError | OSError):
         raise error
-    sys.stderr.writelines(f"{program}: error: {line}\n" for line in text.splitlines())
+    for line in text.splitlines():
+        ErrorOutput().write(f"{program}: error: {line}\n")
     sys.exit(2)
 
 

@@ -1,9 +1,12 @@
 """The configuration of the network, the check of a config.json, and a few shared defaults."""
 
+from pathlib import Path
+
 import torch
 from transformers import PretrainedConfig
 
 IGNORE = -100  # the label of a token that is not supervised
+SAMPLE = Path(__file__).parents[1] / "dataset" / "sample.jsonl"  # what is trained without --data
 ADAPTER_DIR = "output/ChatGLM"  # where train.py writes and infer.py looks
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # What the official code has a switch for, and every ChatGLM3 checkpoint sets in the same way.
@@ -44,6 +47,12 @@ class ChatGLMConfig(PretrainedConfig):
     add_qkv_bias: bool = True
     initializer_range: float = 0.02  # of the built-in model only
     tie_word_embeddings: bool = False
+
+    def check_length(self, max_length):
+        """Raises ValueError if a text of so many tokens is too long for the model."""
+        if max_length > self.seq_length:
+            most = f"this model takes at most {self.seq_length} tokens"
+            raise ValueError(f"--max-length {max_length}: {most}")
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

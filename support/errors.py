@@ -34,6 +34,8 @@ def one_line(error):
     """
     if isinstance(error, pickle.UnpicklingError):  # its own message says how to run what is inside
         return "it is damaged, or holds more than tensors"
+    if type(error).__name__ == "OutOfMemoryError":
+        return "it needs more memory than the GPU has free; try --load-in 4bit"
     line = printable((str(error).strip().splitlines() or ["no message"])[0])
     return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
 

@@ -68,6 +68,13 @@ def write_new_directory(directory, files):
     return directory
 
 
+def write_whole(file, content):
+    """Writes bytes into `file`, in place of what is there: whole, or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(content)
+    os.replace(part, file)
+
+
 def flush_to_disk(path):
     """Waits until a file, or a directory's list of files, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,6 +1,10 @@
 """Whether training fits into memory: the longest micro-batch is tried before training begins."""
 
+import argparse
+import copy
+import re
 import time
+from pathlib import Path
 
 import torch
 
@@ -8,13 +12,19 @@ from support.config import IGNORE
 from support.processes import are_several
 
 
-def longest_samples(dataset, count):
-    """→ samples for a micro-batch. No other one needs more memory.
+class DoesNotFit(ValueError):
+    """The longest micro-batch does not fit into the GPU's memory."""
+
+
+def longest_samples(dataset, count, max_length):
+    """→ `count` samples for the micro-batch that needs the most memory.
 
     All have the length of the longest sample, and the most supervised tokens of any sample.
+    max_length cuts them: flags_that_fit tries less than the dataset has.
     """
-    most = max(dataset.supervised)
     input_ids, _ = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
+    input_ids = input_ids[:max_length]
+    most = min(max(dataset.supervised), len(input_ids) - 1)
     is_supervised = torch.arange(len(input_ids)) >= len(input_ids) - most
     return [(input_ids, input_ids.where(is_supervised, IGNORE))] * min(count, len(dataset))
 
@@ -22,18 +32,17 @@ def longest_samples(dataset, count):
 class Trial:
     """Runs micro-steps on `longest`, a micro-batch on the device, to see whether they fit.
 
-    size: what it is called in messages. On a CPU only a compiled step is tried: then compiling is
-    over before anything is written.
+    On a CPU a step is tried in two cases only: with --compile, so that compiling is over before
+    anything is written, and with --dry-run.
     """
 
-    def __init__(self, longest, size, optimizer, is_compiled):
-        self.longest, self.size, self.optimizer = longest, size, optimizer
-        params = optimizer.param_groups[0]["params"]
-        self.device = params[0].device
-        self.is_needed = self.device.type == "cuda" or is_compiled
+    def __init__(self, run, longest):
+        self.run, self.longest, self.optimizer = run, longest, run.optimizer
+        params, self.device = run.optimizer.param_groups[0]["params"], run.device
+        self.is_needed = self.device.type == "cuda" or run.args.compile or run.args.dry_run
         # Training will need more memory: for AdamW's two moments, if they are not there yet, and
         # for the message that sums the gradients of several processes.
-        copies = 0 if optimizer.state else 2
+        copies = 0 if run.optimizer.state else 2
         copies += 1 if are_several() else 0
         self.stand_ins = [torch.empty_like(param) for param in params for _ in range(copies)]
         self.started = time.perf_counter()
@@ -58,8 +67,8 @@ class Trial:
     def run_again(self, micro_step, divisor):
         """Repeats the step as training will run it: the gradients exist, and then a graph does.
 
-        A twentieth of what the first run needed must stay free, because training finds the free
-        memory in other pieces than the trial did, and can use less of it.
+        A twentieth of what the first run needed must stay free, because training leaves more of
+        the memory in pieces that are too small to use.
         """
         margin = torch.empty(
             torch.cuda.max_memory_allocated() // 20, dtype=torch.uint8, device=self.device
@@ -73,19 +82,54 @@ class Trial:
     def check(self, micro_step, blocks):
         """Raises ValueError if micro_step is None. Prints what the last trial needed."""
         self.stand_ins = None
+        size = f"the longest micro-batch, {size_of(self.longest)}"
         if micro_step is None:
-            raise ValueError(
-                f"out of memory on the longest micro-batch, {self.size}; try a smaller "
+            raise DoesNotFit(
+                f"out of memory on {size}; try a smaller "
                 "--batch-size (with more --gradient-accumulation-steps the update is the same), "
                 "--gradient-checkpointing all, --load-in 4bit, or a smaller --max-length"
             )
         took = f"{time.perf_counter() - self.started:.1f} s"
         if self.device.type == "cuda":
-            where = f"for the longest micro-batch, {self.size}"
-            print(f"memory   {self.peak / 2**30:.1f} GiB {where}, {blocks} (tried in {took})")
+            need = f"{self.peak / 2**30:.1f} GiB for {size}"
+            print(f"memory   {need}, {blocks} checkpointed (tried in {took})")
+            self.run.peak_memory = self.peak
             torch.cuda.reset_peak_memory_stats()  # report_result prints the peak of training
-        elif self.is_needed:
+        elif self.run.args.compile:
             print(f"compiled in {took}")
+
+
+def size_of(batch):
+    """→ the size of a data.MicroBatch, in words"""
+    rows, rest = batch.input_ids.shape
+    return f"{rows} × {len(batch.prefix) + rest} tokens"
+
+
+def try_evaluation(model, eval_step, longest):
+    """Runs eval_step on the longest micro-batch. Raises ValueError if memory runs out."""
+    model.eval()
+    try:
+        eval_step(longest, torch.ones((), device=model.device))
+    except torch.OutOfMemoryError as error:
+        where = f"on the longest micro-batch of the evaluation, {size_of(longest)}"
+        raise ValueError(f"out of memory {where}; try a smaller --batch-size") from error
+    finally:
+        model.train()
+
+
+def recompute_as_wanted(run, attempt, layers):
+    """Calls attempt(n) with the number of blocks that --gradient-checkpointing means. → its result
+
+    A resumed run recomputes as many as before. attempt, layers: see fewest_that_fit
+    """
+    wanted = run.args.gradient_checkpointing
+    if run.checkpoint:
+        wanted = run.progress.recomputed_layers
+    elif wanted == "auto" and run.args.cuda_graphs:
+        wanted = "off"  # recomputed blocks can't be captured
+    if wanted == "auto":
+        return fewest_that_fit(attempt, layers)
+    return attempt(min({"all": layers, "off": 0}.get(wanted, wanted), layers))
 
 
 def fewest_that_fit(attempt, layers):
@@ -102,3 +146,45 @@ def fewest_that_fit(attempt, layers):
         middle = (low + high) // 2
         low, high = (low, middle) if attempt(middle) else (middle + 1, high)
     return attempt(low)
+
+
+def fit_or_advise(run, make_micro_step):
+    """→ make_micro_step(run). If that does not fit, DoesNotFit names flags with which it does."""
+    try:
+        return make_micro_step(run)
+    except DoesNotFit as error:
+        if run.checkpoint:  # its blocks and lengths can't change
+            raise
+        raise DoesNotFit(f"{error}; {flags_that_fit(run, make_micro_step)}") from error
+
+
+def flags_that_fit(run, make_micro_step):
+    """→ the first flags with which a trial succeeds, in words
+
+    Smaller micro-batches come first, because with more of them the update is the same.
+    """
+    size, steps = run.args.batch_size, run.args.gradient_accumulation_steps
+    length = max(run.dataset.lengths)
+    sizes = [count for count in range(size, 0, -1) if size * steps % count == 0]  # 4, 2, 1
+    lengths = [length >> i for i in range(1, 8) if length >> i >= run.dataset.prefix_length + 8]
+    smaller_batches, shorter_samples = [(n, None) for n in sizes], [(1, n) for n in lengths]
+    for count, most in smaller_batches + shorter_samples:
+        flags = {"batch_size": count, "gradient_accumulation_steps": size * steps // count}
+        flags |= {"gradient_checkpointing": "auto"} | ({"max_length": most} if most else {})
+        smaller = copy.copy(run)
+        smaller.args = argparse.Namespace(**vars(run.args) | flags | {"cuda_graphs": None})
+        try:
+            make_micro_step(smaller)
+        except DoesNotFit:
+            continue
+        given = [f"--{name.replace('_', '-')} {value}" for name, value in flags.items()]
+        left_out = ", without --cuda-graphs" if run.args.cuda_graphs else ""
+        return f"this fits: {' '.join(given)}{left_out}"
+    return "no smaller micro-batch that fits was found"
+
+
+def peak_of_process():
+    """→ the most memory that this process has used, in bytes; None where Linux doesn't tell"""
+    file = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", file.read_text()) if file.exists() else None
+    return int(found[1]) * 1024 if found else None

@@ -55,6 +55,20 @@ def sum_over_processes(loss, grads):
     return flat[0]
 
 
+def add_up(tensor):
+    """Adds up a tensor of all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
+def largest(number):
+    """→ the largest of the processes' numbers"""
+    number = torch.tensor(number, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
 def check_same_everywhere(value):
     """Raises ValueError in all processes if `value` is not the same in all of them."""
     if not dist.is_initialized():
@@ -81,18 +95,16 @@ class StopSignals:
             signal.signal(each, signal.SIG_IGN if count > 1 else signal.SIG_DFL)
         if rank == 0:
             again = "; again to stop at once" if count == 1 else ""
+            what = "stopping after this update, or this evaluation and an update"
             with suppress(OSError):  # whoever read stderr may have got the signal too
-                os.write(2, f"\nstopping after this update{again}\n".encode())
+                os.write(2, f"\n{what}{again}\n".encode())
 
     def agreed(self):
         """→ the signal that any process received, 0 for none.
 
         It waits for the other processes, but for no GPU.
         """
-        number = torch.tensor(self.received)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
+        return int(largest(self.received))
 
 
 def catch_stop_signals():
@@ -111,7 +123,7 @@ def exit_after_signal(number, step, output_dir):
     try:
         print(f"stopped  after update {step}; {continues}", flush=True)
     except OSError:  # whoever read stdout may have got the signal too
-        discard_output()
+        discard_output(sys.stdout)
     sys.exit(128 + number)
 
 

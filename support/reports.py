@@ -3,24 +3,43 @@
 import itertools
 import os
 import shlex
+import sys
 import textwrap
 import time
 from pathlib import Path
 
 import torch
 
+from support.bases import trained_with
+from support.checkpoints import BEST
 from support.config import ADAPTER_DIR, IGNORE, dtype_name
+from support.memory import peak_of_process
 from support.processes import rank_and_count
+from support.progress import perplexity_of
 
 
-def render(tokenizer, input_ids, labels):
-    """A sample, two tensors, as text, with its supervised parts between ⟦ and ⟧."""
+def in_colour():
+    """Whether stdout is a terminal that shows colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def shortened(text, most=1000):
+    """`text`, or its beginning and its end"""
+    left_out = len(text) - most
+    if left_out <= 0:
+        return text
+    return f"{text[: most // 2]} … ({left_out:,} characters) … {text[-most // 2 :]}"
+
+
+def render(tokenizer, input_ids, labels, with_colour=False):
+    """A sample, two tensors, as text, with its supervised parts between ⟦ and ⟧, and in green."""
     text = ""
+    green, plain = ("\033[32m", "\033[0m") if with_colour else ("", "")
     pairs = zip(input_ids.tolist(), labels.tolist(), strict=True)
     for is_supervised, group in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE):
         ids = [id for id, _ in group]
         part = tokenizer.decode(ids) + ("</s>" if ids[-1] == tokenizer.eos_id else "")
-        text += f"⟦{part}⟧" if is_supervised else part
+        text += f"{green}⟦{shortened(part)}⟧{plain}" if is_supervised else shortened(part)
     return text
 
 
@@ -31,23 +50,40 @@ def describe_base(model, path, seconds):
     print(f"model    {path}: {size}, {where}, loaded in {seconds:.1f} s")
 
 
-def describe_run(run, sample):
-    """Prints what will be trained, so that the user can check it. `sample` is rendered text."""
+def describe_run(run, tokenizer):
+    """Prints what will be trained, so that the user can check it: with --dry-run, three samples."""
     args, dataset, params = run.args, run.dataset, run.optimizer.param_groups[0]["params"]
     lengths, total = sorted(dataset.lengths), sum(dataset.lengths)
     share = f"{sum(dataset.supervised) / total:.1%} of them supervised"
     middle, longest = lengths[len(lengths) // 2], lengths[-1]
-    has = f"a sample has {total / len(lengths):.1f} (median {middle}, longest {longest})"
+    has = f"a sample has {total / len(lengths):.1f} tokens (median {middle}, longest {longest})"
     print(f"data     {len(lengths):,} samples: {total:,} tokens, {share}; {has}")
     lost = f"{dataset.cut} cut, {dataset.dropped} dropped"
     print(f"         longer than --max-length {args.max_length}: {lost}")
     describe_unused(dataset)
-    print(f"sample   {dataset.places[0]}, supervised between ⟦ and ⟧:")
-    print(textwrap.indent(sample, "         "))
+    last = len(dataset) - 1
+    for i in sorted({0, last // 2, last}) if args.dry_run else [0]:
+        print(f"sample   {dataset.places[i]}, supervised between ⟦ and ⟧:")
+        print(textwrap.indent(render(tokenizer, *dataset[i], in_colour()), "         "))
+    if run.eval_set:
+        tokens = f"{sum(run.eval_set.supervised):,} supervised tokens"
+        when = f"after every {run.eval_every:,} updates and at the end"
+        print(f"evaluate {len(run.eval_set):,} samples, {tokens}, {when}")
+        if args.eval_data:  # with --eval-split, the lines about the data have told this
+            print(f"         {run.eval_set.cut} cut, {run.eval_set.dropped} dropped")
+            describe_unused(run.eval_set)
+            trained = {*dataset.samples.digests()}
+            if both := sum(each in trained for each in run.eval_set.samples.digests()):
+                print(f"         warning: {both:,} of these samples are also trained on")
     count = f"{sum(p.numel() for p in params):,} parameters in {len(params)} tensors"
     lora = f"LoRA r {args.lora_r}, alpha {args.lora_alpha:g} on {' '.join(args.target_modules)}"
     whole = f", and whole: {' '.join(args.modules_to_save)}" if args.modules_to_save else ""
-    print(f"trained  {count}: {lora}{whole}")
+    kinds = " and ".join(kind for kind in ("rslora", "dora") if getattr(args, kind))
+    print(f"trained  {count}: {lora}{whole}{kinds and f', {kinds}'}")
+    if args.init_adapter:
+        system = trained_with(args.init_adapter).system
+        note = f"; it was trained with the system message {system!r}" if system else ""
+        print(f"         starting from {args.init_adapter}{note if system != args.system else ''}")
     size = f"{args.batch_size} × {args.gradient_accumulation_steps} samples"
     processes = rank_and_count()[1]
     size += f" × {processes} processes" if processes > 1 else ""
@@ -84,7 +120,37 @@ def report_result(run):
         print(f"         {skipped}; loss scale {run.scaler.get_scale():g}")
     if run.device.type == "cuda":
         print(f"         peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    print(f"saved    {output_dir}/adapter_model.safetensors; try it:")
+    elif peak := peak_of_process():
+        print(f"         peak memory {peak / 2**20:,.0f} MiB of this process")
+    saved = output_dir
+    if run.eval_set:
+        took = f"evaluations took {progress.evaluating:.1f} s"
+        after = f"after update {progress.evaluated_step:,}"
+        print(f"eval     {loss_in_words(progress.eval_loss)} {after}; {took}")
+    if progress.best_loss is not None:
+        saved = f"{output_dir}/{BEST}"
+        lowest = f"{loss_in_words(progress.best_loss)} after update {progress.best_step:,}"
+        print(f"         the lowest: {lowest}, saved in {saved}")
+    if progress.is_out_of_patience(run.args.patience) and progress.step < run.total_steps:
+        since = f"no lower loss in {progress.evaluations_since_best} evaluations"
+        print(f"stopped  early, {since}: {progress.step:,} of {run.total_steps:,} updates")
+    is_last = progress.best_loss is None or progress.best_step == progress.step
+    last, which = ("", "it") if is_last else (", of the last update", "the best one")
+    print(f"saved    {output_dir}/adapter_model.safetensors{last}; try {which}:")
     infer = os.path.relpath(Path(__file__).parents[1] / "infer.py")
-    adapter = "" if output_dir == ADAPTER_DIR else f" --adapter {shlex.quote(output_dir)}"
+    adapter = "" if saved == ADAPTER_DIR else f" --adapter {shlex.quote(saved)}"
     print(f'         python {infer}{adapter} --prompt "你是谁？"')
+
+
+def report_evaluation(dataset, loss, seconds):
+    """Prints the result of --eval-only."""
+    lengths = f"{len(dataset):,} samples, {sum(dataset.lengths):,} tokens"
+    supervised = f"{sum(dataset.supervised):,} of them supervised"
+    print(f"eval     {lengths}, {supervised}: {dataset.cut} cut, {dataset.dropped} dropped")
+    print(f"         {loss_in_words(loss)}, in {seconds:.1f} s")
+
+
+def loss_in_words(loss):
+    if loss is None:
+        return "loss not finite"
+    return f"loss {loss:.4f} per supervised token, perplexity {perplexity_of(loss):,.4g}"

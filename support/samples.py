@@ -46,6 +46,36 @@ class PackedSamples:
         part = slice(self.starts[i], self.starts[i + 1])
         return self.ids[part].long(), self.labels[part].long()
 
+    def digests(self, start=""):
+        """→ a digest of each sample. `start` makes it another one."""
+        ids, labels, start = self.ids.numpy(), self.labels.numpy(), start.encode()
+        return [
+            hashlib.sha256(start + ids[a:b].tobytes() + labels[a:b].tobytes()).digest()
+            for a, b in itertools.pairwise(self.starts)
+        ]
+
+    def draw(self, share, seed):
+        """→ the indices of a share of the samples, at least one, chosen by content and seed.
+
+        A few more are drawn if that keeps equal samples together.
+        """
+        digests = self.digests(str(seed))
+        last = sorted(digests)[max(1, round(share * len(self))) - 1]
+        return {i for i, digest in enumerate(digests) if digest <= last}
+
+    def select(self, indices):
+        """→ PackedSamples of these samples; `indices` rise"""
+        selected = PackedSamples()
+        for name in ("lengths", "supervised"):
+            values = getattr(self, name)
+            setattr(selected, name, [values[i] for i in indices])
+        selected.starts = [0, *itertools.accumulate(selected.lengths)]
+        is_selected = torch.zeros(len(self), dtype=torch.bool)
+        is_selected[indices] = True
+        is_selected = is_selected.repeat_interleave(torch.tensor(self.lengths))
+        selected.ids, selected.labels = self.ids[is_selected], self.labels[is_selected]
+        return selected
+
     def common_prefix(self):
         """→ how many tokens all samples begin with; the last token of the shortest is left out"""
         starts = torch.tensor(self.starts[:-1])

@@ -25,6 +25,7 @@ import model as chatglm
 import train
 from support import bases
 from support.checkpoints import STATE, list_checkpoints
+from support.config import SAMPLE
 from support.records import RecordReader
 
 ROOT = Path(__file__).parent.parent
@@ -145,7 +146,7 @@ def new_run(peft_model, *flags, dataset=None, checkpoint=None):
     """A train.Run of `peft_model`, with these flags of train.py, on the sample or `dataset`."""
     if dataset is None:
         tokenizer = data.ChatGLMTokenizer(chatglm.BUILT_IN)
-        dataset = data.ConversationDataset([data.SAMPLE], tokenizer, 512)
+        dataset = data.ConversationDataset([SAMPLE], tokenizer, 512)
     return train.Run(train.parse_args(list(flags)), peft_model, dataset, checkpoint)
 
 

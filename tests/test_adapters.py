@@ -98,7 +98,7 @@ def test_a_saved_adapter_loads_as_it_was_here_and_in_plain_peft(base, tmp_path):
 
 # --- adapters that plain peft wrote -----------------------------------------------------------
 
-BOTH = ["query_key_value", "dense"]
+BOTH, ENDS = ["query_key_value", "dense"], ["word_embeddings", "dense", "output_layer"]
 PATTERNS = dict(
     rank_pattern={"dense": 2, "layers.2.self_attention.query_key_value": 6},
     alpha_pattern={"layers.1.self_attention.query_key_value": 40, "dense": 1.5},
@@ -112,12 +112,14 @@ PATTERNS = dict(
         pytest.param(dict(target_modules=BOTH, **PATTERNS), id="ranks and alphas by name"),
         pytest.param(dict(target_modules=BOTH, use_rslora=True, r=6), id="rsLoRA"),
         pytest.param(dict(target_modules=BOTH, use_dora=True), id="DoRA"),
+        pytest.param(dict(target_modules=BOTH, use_dora=True, use_rslora=True), id="DoRA, rsLoRA"),
         pytest.param(dict(target_modules=BOTH, bias="all"), id="biases"),
         pytest.param(dict(target_modules=["dense"], bias="all"), id="biases of other layers"),
         pytest.param(dict(target_modules=BOTH, bias="lora_only"), id="biases of its layers"),
         pytest.param(dict(target_modules=BOTH, layers_to_transform=[1]), id="one layer"),
         pytest.param(dict(target_modules=BOTH, modules_to_save=["mlp"]), id="whole modules"),
-        pytest.param(dict(target_modules=["word_embeddings", "dense"]), id="the embedding"),
+        pytest.param(dict(target_modules=ENDS), id="the embedding"),
+        pytest.param(dict(target_modules=ENDS, use_dora=True), id="the embedding with DoRA"),
     ],
 )
 def test_an_adapter_of_peft_gives_peft_s_logits(base, tmp_path, options):

@@ -17,6 +17,7 @@ import infer
 import model as chatglm
 from support import answers
 from support.answers import without_prediction
+from support.config import SAMPLE
 from support.files import locked
 from support.records import RecordReader
 
@@ -37,11 +38,11 @@ def as_text(records):
 def test_a_batch_is_killed_and_run_again(trained, tmp_path):
     adapter, device = trained
     out = tmp_path / "out.jsonl"
-    flags = ["--adapter", adapter, "--device", device, "--greedy", "--input", data.SAMPLE]
+    flags = ["--adapter", adapter, "--device", device, "--greedy", "--input", SAMPLE]
     common = [str(flag) for flag in [*flags, "--output"]]
     infer.main([*common, str(tmp_path / "whole.jsonl")])
     wanted = read_jsonl(tmp_path / "whole.jsonl")
-    records = [record.value for record in RecordReader([data.SAMPLE])]
+    records = [record.value for record in RecordReader([SAMPLE])]
     assert as_text(map(without_prediction, wanted)) == as_text(records)
     right = [line["prediction"] == line["output"] for line in wanted if "output" in line]
     assert sum(right) >= 0.9 * len(right) > 50

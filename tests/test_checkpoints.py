@@ -39,6 +39,7 @@ from support.checkpoints import (
     list_unfinished,
 )
 from support.files import LOCK, locked, sha256
+from support.train_flags import DEFAULTS
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = [
@@ -162,7 +163,7 @@ def test_a_directory_with_a_run_is_not_written_to_unasked(done, tmp_path, capsys
     (out / "notes.txt").write_text("the user's own")
     train_main(*SHORT, out, "--overwrite", "--max-steps", 2)
     left = sorted(names(out.iterdir()))
-    assert left == sorted([*ADAPTER, "metrics.jsonl", "checkpoint-2", "notes.txt"])
+    assert left == sorted([*ADAPTER, "metrics.jsonl", "run.args", "checkpoint-2", "notes.txt"])
 
 
 def test_another_program_s_run_is_not_touched(tmp_path, capsys):
@@ -177,7 +178,7 @@ def test_another_program_s_run_is_not_touched(tmp_path, capsys):
     (out / "metrics.jsonl").write_text("")
     for flag in ("--overwrite", "--resume"):
         told = refused(capsys, *SHORT, out, flag)
-        assert "checkpoint-2 is not a checkpoint of train.py; move it away" in told
+        assert "checkpoint-2 was not written by train.py; move it away" in told
     own.rename(out / "results")
     told = refused(capsys, *SHORT, out, "--resume")
     assert "has no intact checkpoint to resume from" in told
@@ -245,7 +246,9 @@ def test_a_run_with_other_settings_is_refused(cut, monkeypatch, capsys, flags, m
     write_jsonl(cut.parent / "other.jsonl", [{"instruction": "q", "output": "a"}] * 20)
     before = contents(cut)
     told = refused(capsys, *SHORT, cut, "--resume", *flags)
-    assert message in told and told.endswith("give those, or --overwrite starts over")
+    assert (
+        message in told and "; give those, or --overwrite starts over; a new run can start" in told
+    )
     assert contents(cut) == before
 
 
@@ -265,11 +268,11 @@ def test_another_base_is_refused(cut, tmp_path, capsys):
     content[part] = bytes(byte ^ 0x80 for byte in content[part])  # the signs, among others
     (base / "model.safetensors").write_bytes(content)
     flags = []
-    for name, (_, built_in) in train.DEFAULTS.items():
+    for name, (_, built_in) in DEFAULTS.items():
         values = built_in if isinstance(built_in, list) else [built_in]
         flags += [f"--{name.replace('_', '-')}", *values]
     told = refused(capsys, *SHORT, cut, "--resume", "--model", base, *flags)
-    assert told.endswith("other settings: --model; give those, or --overwrite starts over")
+    assert "other settings: --model; give those, or --overwrite starts over" in told
 
 
 @pytest.mark.parametrize("name", [*ADAPTER, *STATE, "SHA256SUMS"])
@@ -306,7 +309,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, cap
         train_main(*SHORT, directory, "--resume", "--max-steps", 2)
         assert "has no checkpoint yet: from the start" in capsys.readouterr().out
         left = sorted(names(directory.iterdir()))
-        assert left == sorted([*ADAPTER, "metrics.jsonl", "checkpoint-2"])
+        assert left == sorted([*ADAPTER, "metrics.jsonl", "run.args", "checkpoint-2"])
 
 
 # --- disks ------------------------------------------------------------------------------------
@@ -333,7 +336,8 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(disk, capsys, d
     out = disk("size=8m") / "out"  # a checkpoint has 3 MB
     told = refused(capsys, *SHORT, out)
     assert "No space left on device" in told and f"{out}/checkpoint-4, which is intact" in told
-    assert sorted(names(out.iterdir())) == ["checkpoint-2", "checkpoint-4", "metrics.jsonl"]
+    written = ["checkpoint-2", "checkpoint-4", "metrics.jsonl", "run.args"]
+    assert sorted(names(out.iterdir())) == written
     shutil.rmtree(out / "checkpoint-2")  # the user makes room
     train_main(*SHORT, out, "--resume", "--keep-checkpoints", 1)
     assert outcome(out) == outcome(done)
@@ -376,7 +380,7 @@ def test_a_limit_on_the_size_of_files(tmp_path):
     result = run("train.py", *SHORT, tmp_path / "out", preexec_fn=limit)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "cannot write: File too large; there is no checkpoint yet" in result.stderr
-    assert names((tmp_path / "out").iterdir()) == ["metrics.jsonl"]
+    assert sorted(names((tmp_path / "out").iterdir())) == ["metrics.jsonl", "run.args"]
 
 
 def test_a_read_only_directory_is_told_before_training(disk, capsys):

@@ -29,6 +29,7 @@ import data
 import infer
 import model as chatglm
 import train
+from support.config import SAMPLE
 from support.preamble import Preamble
 from support.tools import tools_message
 
@@ -233,7 +234,7 @@ def test_graph_compiled_and_plain_decoding_say_the_same(trained, tokenizer, comp
     if device == "cpu":
         pytest.skip("see test_compiled_decoding_on_a_cpu")
     model = infer.add_adapter(chatglm.load_model(chatglm.BUILT_IN, "cuda"), adapter).half()
-    questions = [messages[:1] for _, messages in read_conversations([data.SAMPLE])][:20]
+    questions = [messages[:1] for _, messages in read_conversations([SAMPLE])][:20]
     prompts = [data.encode_prompt(tokenizer, messages) for messages in questions]
     plain = infer.Decoder(model, use_graph=False)
     wanted = alone(plain, prompts, 60, tokenizer.stop_ids)
@@ -354,7 +355,7 @@ def said(capsys, *arguments):
 
 def share_of_right_answers(model, tokenizer):
     prompts, wanted, answers, decoder = [], [], [], infer.Decoder(model)
-    for _, messages in read_conversations([data.SAMPLE]):
+    for _, messages in read_conversations([SAMPLE]):
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompts.append(data.encode_prompt(tokenizer, messages[:i]))

@@ -31,7 +31,7 @@ class Samples(list):
 
     @property
     def supervised(self):
-        return [data.count_supervised(labels) for _, labels in self]
+        return [int((labels[1:] != data.IGNORE).sum()) for _, labels in self]
 
 
 def test_the_longest_samples_need_as_much_memory_as_any():
@@ -40,8 +40,8 @@ def test_the_longest_samples_need_as_much_memory_as_any():
     short_ids, short_labels = samples[2]
     short_labels[:] = short_ids  # of which all but the first token is learnt
     samples[0][1][:-3] = data.IGNORE
-    rows = memory.longest_samples(samples, 2)
-    assert len(rows) == 2 and len(memory.longest_samples(samples, 8)) == 3
+    rows = memory.longest_samples(samples, 2, 512)
+    assert len(rows) == 2 and len(memory.longest_samples(samples, 8, 512)) == 3
     for input_ids, labels in rows:
         assert torch.equal(input_ids, samples[0][0])
         assert torch.equal(labels[-19:], input_ids[-19:])

@@ -61,7 +61,7 @@ def test_a_second_signal_ends_at_once(tmp_path, start, number):
     wait_for((out / "metrics.jsonl").exists, process)
     time.sleep(1)
     os.kill(process.pid, number)
-    told = "stopping after this update; again to stop at once"
+    told = "stopping after this update, or this evaluation and an update; again to stop at once"
     wait_for(lambda: told in process.log.read_text(), process)
     os.kill(process.pid, number)
     process.join(10)

@@ -4,6 +4,7 @@ python -m pytest -q tests/test_samples.py
 """
 
 import hashlib
+import random
 import struct
 
 import pytest
@@ -60,3 +61,42 @@ def test_digest():
     content = struct.pack("<8i", 1, 2, 3, 4, NO, NO, 3, 4)
     content += struct.pack("<6i", 1, 2, 5, NO, NO, 5)
     assert packed(ONE, TWO).digest() == hashlib.sha256(content).hexdigest()
+
+
+def contents_of(samples):
+    return sorted((tuple(ids.tolist()), tuple(labels.tolist())) for ids, labels in samples)
+
+
+def split(samples, share, seed):
+    """→ (what is not drawn, what is drawn), as `select` gives it"""
+    drawn = samples.draw(share, seed)
+    others = [i for i in range(len(samples)) if i not in drawn]
+    return [contents_of(samples.select(part)) for part in (others, sorted(drawn))]
+
+
+def test_content_and_seed_alone_decide_what_is_drawn():
+    """Of 100 samples, half stand for two. Some have the same ids, with other labels."""
+    once = [([1, n % 25, 3], [NO, NO if n < 25 else n % 25, 3]) for n in range(50)]
+    whole, shuffled = 2 * once, random.Random(0).sample(2 * once, 100)
+    left, drawn = split(packed(*whole), 0.31, seed=0)
+    assert contents_of(packed(*whole)) == sorted(left + drawn) and len(drawn) == 32
+    assert not {*left} & {*drawn}  # so equal samples are drawn together
+    assert split(packed(*shuffled), 0.31, seed=0) == [left, drawn]
+    assert split(packed(*whole), 0.31, seed=1) != [left, drawn]
+    assert {ids for ids, _ in left} & {ids for ids, _ in drawn}  # labels are part of the content
+
+
+@pytest.mark.parametrize("share, count", [(1e-6, 1), (0.04, 1), (0.5, 10), (0.999, 20)])
+def test_a_share_is_rounded_and_at_least_one(share, count):
+    samples = packed(*(([1, 2, n], [NO, NO, n]) for n in range(20)))
+    assert len(samples.draw(share, seed=0)) == count
+
+
+def test_selected_samples_are_as_if_the_others_had_never_been():
+    three = ([7, 8], [NO, 8])
+    selected, alone = packed(ONE, TWO, three, ONE).select([1, 2]), packed(TWO, three)
+    for name in ("lengths", "supervised", "starts"):
+        assert getattr(selected, name) == getattr(alone, name)
+    assert contents_of(selected) == contents_of(alone)
+    assert selected.digest() == alone.digest()
+    assert selected.common_prefix() == alone.common_prefix() == 0

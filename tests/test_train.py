@@ -26,6 +26,8 @@ import data
 import infer
 import model as chatglm
 import train
+from support.config import SAMPLE
+from support.train_flags import LINEAR_LAYERS
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU_AND_CUDA = ["cpu", pytest.param("cuda", marks=cuda)]
@@ -45,7 +47,7 @@ def update(peft_model, micro_batches, optimizer, scaler=None):
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     micro_step = partial(train.forward_backward, peft_model.get_base_model(), scaler)
     supervised = sum(int((batch.targets != data.IGNORE).sum()) for batch in micro_batches)
-    one = train.Update(0, micro_batches, samples=0, tokens=0, supervised=supervised)
+    one = data.Update(0, micro_batches, samples=0, tokens=0, supervised=supervised)
     return train.train_update(micro_step, one, optimizer, scaler, max_norm=1.0)
 
 
@@ -112,7 +114,7 @@ def test_neither_the_split_into_micro_batches_nor_padding_nor_a_prefix_matters(b
 
 def test_the_base_is_bit_identical_after_training(base):
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    peft_model = chatglm.add_lora(base, 4, 8, 0.1, train.LINEAR_LAYERS)
+    peft_model = chatglm.add_lora(base, 4, 8, 0.1, LINEAR_LAYERS)
     start = trained_tensors(peft_model)
     optimizer = new_optimizer(peft_model, lr=1e-2, weight_decay=0.1)
     for seed in range(3):
@@ -198,8 +200,10 @@ def test_a_run_writes_what_it_says_and_repeats_bit_for_bit(tmp_path):
     adapter = ["adapter_config.json", "adapter_model.safetensors", "training_args.json"]
     state = ["metrics.jsonl", "training_state.json", "training_state.safetensors", "SHA256SUMS"]
     whole = [f"checkpoint-{n}/{name}" for n in (3, 6, 7) for name in adapter + state]
-    assert names == sorted([*adapter, "metrics.jsonl", *whole])
+    assert names == sorted([*adapter, "metrics.jsonl", "run.args", *whole])
     for name in names:
+        if name == "run.args":  # which names the directory
+            continue
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     lines = [(line["step"], line["epoch"]) for line in metrics_of(a)]
     assert lines == [(2, 0), (4, 1), (6, 1), (7, 2)]
@@ -259,7 +263,7 @@ def spoil_the_loss(monkeypatch, factor, first):
 
 def places(tokenizer, size, number):
     """Where the samples of update `number`, counted from 0, of the sample's first epoch are."""
-    dataset = data.ConversationDataset([data.SAMPLE], tokenizer, 512)
+    dataset = data.ConversationDataset([SAMPLE], tokenizer, 512)
     order = data.update_order(range(len(dataset)), dataset.lengths, size, 42, 0)
     return ", ".join(dataset.places[i] for i in order[number])
 
@@ -268,7 +272,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing(tmp_path, tokenizer, monkey
     spoil_the_loss(monkeypatch, torch.nan, first=1)
     flags = "--max-steps 9 --save-steps 5 --dtype fp32 --device cpu --output-dir".split()
     told = refused(capsys, *flags, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "run.args"]
     where = f"of the samples at {places(tokenizer, 8, 0)}; the last intact checkpoint is none"
     assert f"NaN or infinite since update 1, {where}" in told
 
@@ -383,7 +387,7 @@ def test_help_shows_every_default():
     assert done.returncode == 0
     for default in ("0.0001; without --model: 0.003", "3; without --model: 50", "output/ChatGLM"):
         assert f"(default: {default})" in shown
-    assert f"(default: query_key_value; without --model: {' '.join(train.LINEAR_LAYERS)})" in shown
+    assert f"(default: query_key_value; without --model: {' '.join(LINEAR_LAYERS)})" in shown
 
 
 # --- the fast paths ---------------------------------------------------------------------------
@@ -473,7 +477,7 @@ def test_an_update_never_waits_for_the_device(graphs):
     micro_step = train.CUDAGraphs(micro_step) if graphs else micro_step
     batch = data.collate(random_samples([20, 30], 1400))
     batch = data.MicroBatch(*(tensor.pin_memory() for tensor in batch))
-    one = train.Update(0, [batch, batch], samples=4, tokens=100, supervised=66)
+    one = data.Update(0, [batch, batch], samples=4, tokens=100, supervised=66)
     train.train_update(micro_step, one, optimizer, scaler, 1.0)  # what is made once may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

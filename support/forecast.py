@@ -1,0 +1,282 @@
+"""What a run will need: `python train.py --dry-run` measures it on a few real updates.
+
+With CUDA graphs, a micro-batch runs in one of three modes, which differ in time: the first of a
+shape runs eagerly, the second is captured, later ones are replayed (train.CUDAGraphs). So the modes
+are measured one by one, and counted over the updates that the run will make.
+
+train.py passes the functions that run updates, because support/ does not import it.
+"""
+
+import shutil
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from support import memory
+from support.checkpoints import checkpoint_files
+from support.files import as_bytes
+from support.processes import largest
+
+MOST_MEASURED = 12  # updates; fewer if they take long
+# The shapes of so many updates are computed. Later updates are taken to cost as much as the second
+# half of these.
+MOST_COMPUTED = 1000
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+class Modes:
+    """Tells in which mode each micro-batch will run, as train.CUDAGraphs decides it.
+
+    max_graphs: 0 without CUDA graphs
+    """
+
+    def __init__(self, max_graphs):
+        self.max_graphs, self.seen, self.captured = max_graphs, set(), set()
+
+    def next(self, shapes):
+        """→ eager, captured or replayed, for each micro-batch of these shapes, the next ones"""
+        return [self._next_one(shape) for shape in shapes]
+
+    def _next_one(self, shape):
+        if shape in self.captured:
+            return "replayed"
+        if shape in self.seen and len(self.captured) < self.max_graphs:
+            self.captured.add(shape)
+            return "captured"
+        self.seen.add(shape)
+        return "eager"
+
+
+class Costs(NamedTuple):
+    """Seconds of one micro-batch in each mode."""
+
+    eager: float
+    captured: float
+    replayed: float
+
+    def of(self, modes):
+        """→ the seconds of micro-batches that run in these modes"""
+        return sum(getattr(self, mode) for mode in modes)
+
+
+def timed(function):
+    """→ the seconds until function() returns"""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(run_item, items, shapes, modes, device):
+    """→ Costs, from run_item(item) for each item, at least three times.
+
+    shapes: for each item, the shapes of its micro-batches; modes: Modes, after what has run before.
+    With CUDA graphs the first pass runs eagerly or captures, the second captures what ran eagerly
+    before, and later ones only replay.
+    """
+
+    def one_by_one():
+        """→ [(seconds, the modes of its micro-batches)] of all items"""
+        # Training does not wait for the device either. What it waits for is Python.
+        seconds = [timed(partial(run_item, item)) for item in items]
+        wait_for(device)
+        return [*zip(seconds, map(modes.next, shapes), strict=True)]
+
+    def all_at_once():
+        for item in items:
+            run_item(item)
+        wait_for(device)
+
+    first, second, totals = one_by_one(), one_by_one(), []
+    while not totals or (len(totals) < 7 and sum(totals) < 3):
+        totals.append(largest(timed(all_at_once)))  # so that all processes go on, or none
+    steady = statistics.median(totals) / max(1, sum(map(len, shapes)))
+    costs = Costs(eager=steady, captured=steady, replayed=steady)
+    if modes.max_graphs:
+        costs = costs._replace(captured=cost_of("captured", second, costs))
+        costs = costs._replace(eager=cost_of("eager", first, costs))
+    return costs
+
+
+def cost_of(mode, measured, costs):
+    """→ the seconds of one micro-batch in this mode: the median over the items that have it
+
+    measured: [(seconds, the modes of an item's micro-batches)]; costs: of the other modes
+    """
+    found = [
+        (seconds - costs.of(other for other in modes if other != mode)) / modes.count(mode)
+        for seconds, modes in measured
+        if mode in modes
+    ]
+    # Noise can't make it cheaper than a replay.
+    return max(costs.replayed, statistics.median(found)) if found else costs.replayed
+
+
+def seconds_of_training(run, load, run_update, max_graphs):
+    """→ the seconds of all updates that are left, forecast from a few
+
+    run: a train.Run
+    load: (epoch, [the indices of an update's samples]) → an iterable of data.Update
+    run_update: data.Update → None, makes it
+    """
+    coming = []  # (epoch, the indices of the update's samples)
+    for epoch, order in run.coming_epochs():
+        coming += [(epoch, indices) for indices in order[: MOST_COMPUTED - len(coming)]]
+        if len(coming) == MOST_COMPUTED:
+            break
+    sizes, shapes = [], []  # of the micro-batches of each of these updates
+    for epoch, indices in coming:
+        for update in load(epoch, [indices]):
+            sizes.append(sum(batch.input_ids.numel() for batch in update.micro_batches))
+            shapes.append([*map(shapes_of, update.micro_batches)])
+    by_size = sorted(range(len(coming)), key=sizes.__getitem__)
+
+    def run_number(number):
+        epoch, indices = coming[number]
+        for update in load(epoch, [indices]):
+            run_update(update)
+
+    def run_twice(number):
+        run_number(number)
+        run_number(number)
+        wait_for(run.device)
+
+    typical, modes = by_size[len(by_size) // 2], Modes(max_graphs)
+    seconds = largest(timed(partial(run_twice, typical)))
+    modes.next(shapes[typical] * 2)
+    most = min(MOST_MEASURED, int(40 / seconds))  # of the updates that have graphs for all shapes
+    if max_graphs:
+        most = min(most, max_graphs // max(map(len, shapes)))
+    measured = middles(by_size, max(3, most))
+    costs = measure(run_number, measured, [shapes[i] for i in measured], modes, run.device)
+    modes = Modes(max_graphs)  # of the real run
+    seconds = [costs.of(modes.next(each)) for each in shapes]
+    later = seconds[len(seconds) // 2 :]
+    beyond = run.total_steps - run.progress.step - len(seconds)
+    return sum(seconds) + beyond * sum(later) / len(later)
+
+
+def seconds_of_evaluations(run, batches, eval_step, max_graphs):
+    """→ the seconds of all evaluations that are left
+
+    run: a train.Run; batches: an iterable of the data.MicroBatch of one evaluation
+    """
+    device, one = run.device, torch.ones((), device=run.device)
+    all_shapes = [shapes_of(batch) for batch in batches]
+    numbers = {*middles(range(len(all_shapes)), 4 * MOST_MEASURED)}
+    measured = [batch for number, batch in enumerate(batches) if number in numbers]
+
+    def run_batch(batch):
+        eval_step(batch.to(device), one)
+
+    run.model.eval()
+    shapes = [[shapes_of(batch)] for batch in measured]
+    costs = measure(run_batch, measured, shapes, Modes(max_graphs), device)
+    run.model.train()
+    count, modes = times_due(run, run.eval_every), Modes(max_graphs)
+    seconds = [costs.of(modes.next(all_shapes)) for _ in range(min(count, 3))]
+    return sum(seconds) + (count - len(seconds)) * seconds[-1]
+
+
+def middles(values, count):
+    """→ the middle of each of `count` equal parts of a list; the whole list if it is shorter"""
+    count = min(count, len(values))
+    return [values[len(values) * (2 * i + 1) // (2 * count)] for i in range(count)]
+
+
+def shapes_of(batch):
+    """→ what decides whether two micro-batches share a CUDA graph"""
+    return tuple(tensor.shape for tensor in batch)
+
+
+def times_due(run, every):
+    """→ how often something is still done that is due after `every` updates and at the end"""
+    total, done = run.total_steps, run.progress.step
+    return total // every - done // every + (total % every > 0)
+
+
+# --- what is printed ----------------------------------------------------------------------------
+
+
+def print_forecast(run, load, run_update, eval_batches, eval_step, max_graphs):
+    """Measures, and prints what the run will need. See seconds_of_training and _evaluations."""
+    updates = run.total_steps - run.progress.step
+    if not updates or run.progress.is_out_of_patience(run.args.patience):
+        print("this run has already finished: there is nothing left to do")
+        return
+    training, evaluating = seconds_of_training(run, load, run_update, max_graphs), 0
+    if run.eval_set:
+        batches = eval_batches(run.args.batch_size)
+        evaluating = seconds_of_evaluations(run, batches, eval_step, max_graphs)
+    start = time.perf_counter()
+    files = {name: as_bytes(content) for name, content in checkpoint_files(run, b"").items()}
+    saves = times_due(run, run.args.save_steps)
+    saving = saves * (time.perf_counter() - start)  # without the disk, which works beside training
+    at_most = "at most " if run.args.patience else ""
+    whole = f"{at_most}{in_words(training + evaluating + saving)} for {updates:,} updates"
+    evaluations = f", of which evaluations {in_words(evaluating)}" if run.eval_set else ""
+    print(f"time     {whole}{evaluations}, after loading and trying")
+    print_disk(run, files, saves)
+    print_memory(run)
+    print(f"         attention: {attention_kernel(run)}")
+    print("nothing was written")
+
+
+def print_disk(run, files, saves):
+    """files: {name: bytes} of a checkpoint; saves: how many checkpoints are written"""
+    size, adapter = sum(map(len, files.values())), len(files["adapter_model.safetensors"])
+    size += adapter if run.eval_set else 0  # the best one
+    kept = min(saves, run.args.keep_checkpoints or saves)
+    adapters = 2 if run.eval_set else 1  # best/ has one
+    need = kept * size + adapters * adapter
+    parents = (Path(run.args.output_dir).absolute() / "any").parents
+    free = shutil.disk_usage(next(path for path in parents if path.exists())).free
+    count = f"{kept} checkpoints" if kept > 1 else "a checkpoint"
+    what = f"{count} of {in_bytes(size)}, and {'two adapters' if run.eval_set else 'the adapter'}"
+    more = f", {in_bytes(size)} more while the next one is written" if kept < saves else ""
+    print(f"disk     {in_bytes(need)} for {what}{more}; {in_bytes(free)} are free")
+
+
+def print_memory(run):
+    if run.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        others = in_bytes(total - free - torch.cuda.memory_reserved())
+        taken = f"CUDA and other programs have {others} of it"
+        peak = max(run.peak_memory, torch.cuda.max_memory_allocated())  # of a trial; since then
+        print(f"memory   {in_bytes(peak)}; the card has {in_bytes(total)}, {taken}")
+    elif peak := memory.peak_of_process():
+        print(f"memory   {in_bytes(peak)}, the peak of this process; training needs about as much")
+
+
+def attention_kernel(run):
+    """→ the name of the kernel that torch chooses for this model's attention"""
+    config, model = run.model.config, run.model
+    heads, groups = config.num_attention_heads, config.multi_query_group_num
+    options = dict(dtype=model.dtype, device=model.device, requires_grad=True)
+    q = torch.empty(1, heads, 64, config.kv_channels, **options)
+    k = torch.empty(1, groups, 64, config.kv_channels, **options)
+    choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True)
+    return f"{SDPBackend(choice).name.lower().replace('_', ' ')} kernel"
+
+
+def in_words(seconds):
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def in_bytes(count):
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,56 @@
+"""The flags of infer.py: what they are called, their defaults, and which of them go together."""
+
+from support import commands
+from support.config import ADAPTER_DIR
+
+
+def parse_args(argv=None):
+    """The command line → its arguments"""
+    number = commands.number
+    usage = "%(prog)s [--prompt TEXT | --input FILE … --output FILE | --merge-to DIR] [options]"
+    parser = commands.new_parser("Answers with ChatGLM3 and an adapter.", usage=usage)
+    group = parser.add_argument_group("what to do (without --prompt, --input, --merge-to: a chat)")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--prompt", metavar="TEXT", help="answer this user's message")
+    add("--input", nargs="+", metavar="FILE", help="answer these records, of train.py's formats")
+    add("--merge-to", metavar="DIR", help="save base and adapter as one checkpoint")
+    add = group.add_argument
+    add("--compare", action="store_true", help="with --prompt: the base's answer first")
+    add("--output", metavar="FILE", help="with --input: JSONL, each record with its prediction")
+    commands.add_keys_flag(add)
+    add = parser.add_argument_group("model").add_argument
+    add("--adapter", default=ADAPTER_DIR, metavar="DIR", help="an adapter of train.py or peft")
+    add("--model", metavar="DIR_OR_HUB_ID", help="the base; without it, the adapter's")
+    add("--no-adapter", action="store_true", help="answer with the base alone")
+    add("--force", action="store_true", help="accept a base that the adapter was not trained on")
+    add("--system", metavar="TEXT", help="system message; without it, the one trained with")
+    add("--tools", metavar="FILE", help="tools that an answer may call, as JSON or a text")
+    dtype = "auto: fp16 on CUDA, else fp32; with --merge-to, the base's"
+    commands.add_device_flags(add, dtype)
+    commands.add_load_in_flag(add)
+    add("--compile", action="store_true", help="compile the blocks: faster, after some seconds")
+    add = parser.add_argument_group("decoding").add_argument
+    add("--batch-size", type=number(1, 2**16), default=16, help="records answered together")
+    add("--max-new-tokens", type=number(1, 2**20), default=128, help="limit of an answer")
+    add("--greedy", action="store_true", help="always the likeliest token, nothing random")
+    add("--temperature", type=number(0.01, 100), default=0.8, help="the higher, the more varied")
+    add("--top-k", type=number(1, 2**20), help="draw from this many likeliest tokens only")
+    add("--top-p", type=number(1e-6, 1), default=0.8, help="draw from the likeliest up to this sum")
+    add("--repetition-penalty", type=number(0.01, 100), default=1.0, help="above 1: repeats less")
+    add("--seed", type=number(0, 2**63 - 1), help="makes what is drawn repeatable")
+    args = parser.parse_args(argv)
+    merge = args.merge_to is not None
+    compare_fails = args.compare and (args.prompt is None or args.no_adapter)
+    for is_wrong, message in (
+        (args.prompt is not None and not args.prompt.strip(), "argument --prompt: it is empty"),
+        (args.merge_to == "", "argument --merge-to: it is empty"),
+        (bool(args.input) != (args.output is not None), "--input and --output go together"),
+        (compare_fails, "--compare needs --prompt, and an adapter"),
+        (merge and args.no_adapter, "--merge-to needs an adapter"),
+        (merge and args.load_in, "--merge-to: a quantised base can't be merged; no --load-in"),
+        (args.compile and args.load_in, "--compile does not work with --load-in"),
+        (args.keys and not args.input, "--keys needs --input"),
+    ):
+        if is_wrong:
+            parser.error(message)
+    return args
