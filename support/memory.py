@@ -10,6 +10,7 @@ import torch
 
 from support.config import IGNORE
 from support.processes import are_several
+from support.run_args import flag_of
 
 
 class DoesNotFit(ValueError):
@@ -177,7 +178,7 @@ def flags_that_fit(run, make_micro_step):
             make_micro_step(smaller)
         except DoesNotFit:
             continue
-        given = [f"--{name.replace('_', '-')} {value}" for name, value in flags.items()]
+        given = [f"{flag_of(name)} {value}" for name, value in flags.items()]
         left_out = ", without --cuda-graphs" if run.args.cuda_graphs else ""
         return f"this fits: {' '.join(given)}{left_out}"
     return "no smaller micro-batch that fits was found"
