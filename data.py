@@ -250,6 +250,10 @@ class MicroBatch(NamedTuple):
     predicting: Tensor  # [N] the numbers (see collate) of the tokens that predict a target
     targets: Tensor  # [N] the token that each of them predicts, or -100 for padding of this list
 
+    def shapes(self):
+        """→ what decides whether two micro-batches share a CUDA graph"""
+        return tuple(tensor.shape for tensor in self)
+
     def to(self, device):
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
@@ -300,11 +304,16 @@ class Update(NamedTuple):
     supervised: int  # supervised tokens
 
 
+def shared_out(values, batch_size):
+    """→ lists of `batch_size` values or fewer, one for each micro-batch of this process"""
+    rank, count = rank_and_count()
+    starts = range(0, len(values), batch_size)[rank::count]
+    return [values[start : start + batch_size] for start in starts]
+
+
 def make_update(epoch, batch_size, prefix_length, samples):
     """[(input_ids, labels)] of a whole update → Update"""
-    parts = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    rank, count = rank_and_count()
-    micro_batches = [collate(part, prefix_length) for part in parts[rank::count]]
+    micro_batches = [collate(part, prefix_length) for part in shared_out(samples, batch_size)]
     tokens = sum(len(input_ids) for input_ids, _ in samples)
     supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in samples)
     return Update(epoch, micro_batches, len(samples), tokens, supervised)
@@ -313,12 +322,9 @@ def make_update(epoch, batch_size, prefix_length, samples):
 def eval_batches(dataset, batch_size, pin_memory=False):
     """→ DataLoader of this process's micro-batches of a whole dataset, the shortest first"""
     order = sorted(range(len(dataset)), key=dataset.lengths.__getitem__)
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rank, count = rank_and_count()
-    options = dict(batch_sampler=parts[rank::count], pin_memory=pin_memory)
-    return DataLoader(
-        dataset, **options, collate_fn=partial(collate, prefix_length=dataset.prefix_length)
-    )
+    batches = shared_out(order, batch_size)
+    options = dict(collate_fn=partial(collate, prefix_length=dataset.prefix_length))
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **options)
 
 
 def draw_epoch(parts, seed, epoch):

@@ -205,7 +205,7 @@ class CUDAGraphs:
         self.stream = like.stream if like else torch.cuda.Stream()  # memory belongs to a stream
 
     def __call__(self, batch, divisor):
-        shapes = tuple(tensor.shape for tensor in batch)
+        shapes = batch.shapes()
         if shapes not in self.graphs:
             if shapes not in self.seen_shapes or len(self.graphs) == self.max_graphs:
                 self.seen_shapes.add(shapes)

@@ -41,7 +41,7 @@ from support.files import (
 )
 from support.processes import rank_and_count
 from support.run_args import RUN_ARGS, flag_of
-from support.train_flags import NOT_OF_THE_RUN, default_flags
+from support.train_flags import NOT_OF_THE_RUN, defaults
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "training_args.json")
 STATE = ("training_state.safetensors", "training_state.json", "metrics.jsonl")
@@ -254,7 +254,8 @@ def restore(run):
     try:
         state = json.loads((checkpoint / "training_state.json").read_text("utf-8"))
         # A flag that the checkpoint does not know is newer than it, and was at its default.
-        old, new = default_flags() | state["run"], run.identity
+        old = {flag_of(name): value for name, value in defaults().items()} | state["run"]
+        new = run.identity
         changed = [name for name in new if old.get(name) != new[name]]
     except Exception as error:  # whatever the readers raise on a file that train.py didn't write
         raise ValueError(f"{not_ours}: {one_line(error)}") from error

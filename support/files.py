@@ -51,6 +51,12 @@ def read_json(file):
         raise ValueError(f"{file}: damaged ({error}); {advice}") from error
 
 
+def nearest_existing(path):
+    """→ the path itself, or the nearest of its parents that exists"""
+    path = Path(path).absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 def write_files(directory, files):
     """Writes {name: content} into `directory`, which it makes if need be."""
     directory.mkdir(parents=True, exist_ok=True)

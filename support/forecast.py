@@ -11,7 +11,6 @@ import shutil
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend
 
 from support import memory
 from support.checkpoints import checkpoint_files
-from support.files import as_bytes
+from support.files import as_bytes, nearest_existing
 from support.processes import largest
 
 MOST_MEASURED = 12  # updates; fewer if they take long
@@ -139,7 +138,7 @@ def seconds_of_training(run, load, run_update, max_graphs):
     for epoch, indices in coming:
         for update in load(epoch, [indices]):
             sizes.append(sum(batch.input_ids.numel() for batch in update.micro_batches))
-            shapes.append([*map(shapes_of, update.micro_batches)])
+            shapes.append([batch.shapes() for batch in update.micro_batches])
     by_size = sorted(range(len(coming)), key=sizes.__getitem__)
 
     def run_number(number):
@@ -173,7 +172,7 @@ def seconds_of_evaluations(run, batches, eval_step, max_graphs):
     run: a train.Run; batches: an iterable of the data.MicroBatch of one evaluation
     """
     device, one = run.device, torch.ones((), device=run.device)
-    all_shapes = [shapes_of(batch) for batch in batches]
+    all_shapes = [batch.shapes() for batch in batches]
     numbers = {*middles(range(len(all_shapes)), 4 * MOST_MEASURED)}
     measured = [batch for number, batch in enumerate(batches) if number in numbers]
 
@@ -181,7 +180,7 @@ def seconds_of_evaluations(run, batches, eval_step, max_graphs):
         eval_step(batch.to(device), one)
 
     run.model.eval()
-    shapes = [[shapes_of(batch)] for batch in measured]
+    shapes = [[batch.shapes()] for batch in measured]
     costs = measure(run_batch, measured, shapes, Modes(max_graphs), device)
     run.model.train()
     count, modes = times_due(run, run.eval_every), Modes(max_graphs)
@@ -193,11 +192,6 @@ def middles(values, count):
     """→ the middle of each of `count` equal parts of a list; the whole list if it is shorter"""
     count = min(count, len(values))
     return [values[len(values) * (2 * i + 1) // (2 * count)] for i in range(count)]
-
-
-def shapes_of(batch):
-    """→ what decides whether two micro-batches share a CUDA graph"""
-    return tuple(tensor.shape for tensor in batch)
 
 
 def times_due(run, every):
@@ -240,8 +234,7 @@ def print_disk(run, files, saves):
     kept = min(saves, run.args.keep_checkpoints or saves)
     adapters = 2 if run.eval_set else 1  # best/ has one
     need = kept * size + adapters * adapter
-    parents = (Path(run.args.output_dir).absolute() / "any").parents
-    free = shutil.disk_usage(next(path for path in parents if path.exists())).free
+    free = shutil.disk_usage(nearest_existing(run.args.output_dir)).free
     count = f"{kept} checkpoints" if kept > 1 else "a checkpoint"
     what = f"{count} of {in_bytes(size)}, and {'two adapters' if run.eval_set else 'the adapter'}"
     more = f", {in_bytes(size)} more while the next one is written" if kept < saves else ""

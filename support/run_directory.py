@@ -29,6 +29,7 @@ from support.files import (
     delete,
     flush_to_disk,
     locked,
+    nearest_existing,
     write_new_directory,
     write_whole,
 )
@@ -41,8 +42,7 @@ def check_output_dir(args):
     """Raises ValueError if a run may not write to --output-dir, before anything is written."""
     path, resume, overwrite = args.output_dir, args.resume, args.overwrite
     directory = Path(path)
-    parents = (directory.absolute(), *directory.absolute().parents)
-    existing = next(parent for parent in parents if parent.exists())
+    existing = nearest_existing(directory)
     if not path or not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--output-dir {path}: cannot write there; choose another")
     if resume is not None and overwrite:

@@ -95,14 +95,12 @@ def take_lora_flags(args, config):
 def run_args_of(args):
     """→ the bytes of run.args: the flags that give this run again"""
     left_out = NOT_OF_THE_RUN + (LORA if args.init_adapter else ())
-    defaults = vars(new_train_parser().parse_args([]))
-    return flags_text(args, {n: value for n, value in defaults.items() if n not in left_out})
+    return flags_text(args, {n: value for n, value in defaults().items() if n not in left_out})
 
 
-def default_flags():
-    """→ {flag: its default}"""
-    defaults = vars(new_train_parser().parse_args([]))
-    return {flag_of(name): value for name, value in defaults.items()}
+def defaults():
+    """→ {name of an argument: its default}"""
+    return vars(new_train_parser().parse_args([]))
 
 
 def new_train_parser():

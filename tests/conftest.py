@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -150,6 +151,11 @@ def new_run(peft_model, *flags, dataset=None, checkpoint=None):
     return train.Run(train.parse_args(list(flags)), peft_model, dataset, checkpoint)
 
 
+def train_main(*arguments):
+    """train.main, for arguments of any type"""
+    train.main([str(argument) for argument in arguments])
+
+
 def metrics_of(directory):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -206,6 +212,17 @@ def train_in_this_process(arguments, environment, log):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     train.main(arguments)
+
+
+def start_several(start, count, *arguments):
+    """Starts processes as torchrun would, but forked."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=str(count))
+    common["TORCHELASTIC_RUN_ID"] = "test"
+    ranks = map(str, range(count))
+    return [start(*arguments, RANK=rank, LOCAL_RANK=rank, **common) for rank in ranks]
 
 
 def finish(process, code=0):

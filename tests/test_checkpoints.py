@@ -22,12 +22,12 @@ from conftest import (
     outcome,
     refused,
     run,
+    train_main,
     wait_for,
     write_jsonl,
 )
 
 import model as chatglm
-import train
 from support import run_directory
 from support.checkpoints import (
     ADAPTER,
@@ -45,10 +45,6 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 CUDA = [
     pytest.param("cuda", graphs, marks=cuda) for graphs in ("--no-cuda-graphs", "--cuda-graphs")
 ]
-
-
-def train_main(*arguments):
-    train.main([str(argument) for argument in arguments])
 
 
 def names(paths):

@@ -13,9 +13,18 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import adapter_of, contents, finish, metrics_of, outcome, refused, wait_for
+from conftest import (
+    adapter_of,
+    contents,
+    finish,
+    metrics_of,
+    outcome,
+    refused,
+    start_several,
+    train_main,
+    wait_for,
+)
 from safetensors.torch import load_file
-from test_processes import start_several
 
 import data
 import infer
@@ -68,10 +77,6 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     return found
-
-
-def train_main(*arguments):
-    train.main([str(argument) for argument in arguments])
 
 
 def evaluations(directory):

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, outcome, refused, write_jsonl
-from test_train import CPU_AND_CUDA, train_main
+from conftest import ROOT, SHORT, outcome, refused, train_main, write_jsonl
+from test_train import CPU_AND_CUDA
 
 import data
 import train
@@ -237,7 +237,7 @@ def test_modes_are_those_of_cuda_graphs(device, max_graphs):
     batches = [micro_batch(length, device) for length in lengths]
     losses, modes = zip(*map(LoggedGraphs(max_graphs, device).run, batches), strict=True)
     assert [*losses] == [2 * length for length in lengths]
-    assert forecast.Modes(max_graphs).next(map(forecast.shapes_of, batches)) == [*modes]
+    assert forecast.Modes(max_graphs).next(batch.shapes() for batch in batches) == [*modes]
     assert modes.count("captured") == min(max_graphs, 6)
 
 

@@ -23,12 +23,12 @@ from conftest import (
     metrics_of,
     outcome,
     refused,
+    train_main,
     wait_for,
     with_random_lora,
 )
 from safetensors.torch import load_file
 from test_tensorboard import scalars
-from test_train import train_main
 
 import model as chatglm
 from support.checkpoints import ADAPTER, CONTENTS, is_intact, list_checkpoints

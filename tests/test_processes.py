@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from conftest import (
     metrics_of,
     outcome,
     refused,
+    start_several,
     wait_for,
     write_jsonl,
 )
@@ -103,17 +103,6 @@ def test_a_signal_saves_nothing_that_is_not_finite(tmp_path, monkeypatch, capsys
 
 
 # --- several processes ------------------------------------------------------------------------
-
-
-def start_several(start, count, *arguments):
-    """Starts processes as torchrun would, but forked."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    common = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=str(count))
-    common["TORCHELASTIC_RUN_ID"] = "test"
-    ranks = map(str, range(count))
-    return [start(*arguments, RANK=rank, LOCAL_RANK=rank, **common) for rank in ranks]
 
 
 def losses_and_norms(directory):

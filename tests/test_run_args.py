@@ -8,7 +8,7 @@ import shlex
 import shutil
 
 import pytest
-from conftest import SHORT, new_run, outcome, refused, with_random_lora, write_jsonl
+from conftest import SHORT, new_run, outcome, refused, train_main, with_random_lora, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,10 +22,6 @@ ODD = " \t\r\n'\"\\#@-=a\u3000\u2028\x0b\x0c\x85"
 LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 TEXTS = st.text(ODD, max_size=9) | st.text(LETTERS, max_size=9)
 TEXTS = TEXTS.filter(lambda text: text != "--")  # which argparse removes before Python 3.12
-
-
-def train_main(*arguments):
-    train.main([str(argument) for argument in arguments])
 
 
 # --- a file of flags --------------------------------------------------------------------------

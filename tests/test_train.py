@@ -17,6 +17,7 @@ from conftest import (
     reference,
     refused,
     run,
+    train_main,
     trained_parameters,
     write_jsonl,
 )
@@ -163,10 +164,6 @@ def test_learning_rate():
 
 
 # --- the run ----------------------------------------------------------------------------------
-
-
-def train_main(*arguments):
-    train.main([str(argument) for argument in arguments])
 
 
 TRAINED = (
