@@ -29,9 +29,9 @@ from support.config import IGNORE
 from support.errors import DataError, one_line, printable
 from support.files import check_no_lfs_pointer
 from support.preamble import Preamble
-from support.processes import cores, rank_and_count
-from support.records import RecordReader, in_batches, one_ahead, split_times
-from support.samples import PackedSamples
+from support.processes import rank_and_count
+from support.records import RecordReader, encode_texts, in_batches, one_ahead, split_times
+from support.samples import PackedSamples, check_times, in_parts
 from support.tools import may_be_tool
 from support.turns import ROLES
 
@@ -125,16 +125,6 @@ def encode_conversation(tokenizer, messages, encode=None):
     return [*input_ids, tokenizer.eos_id], labels
 
 
-def encode_texts(tokenizer, records):
-    """→ {text: ids} of all that encode_conversation encodes, in sentencepiece's threads"""
-    texts = set()
-    for record in records:
-        texts.update(message["content"] for message in record.messages)
-        texts.update(message.get("metadata", "") + "\n" for message in record.messages)
-    threads = max(1, cores() - 1)  # Python takes one core
-    return dict(zip(texts, tokenizer.pieces.encode([*texts], num_threads=threads), strict=True))
-
-
 def encode_prompt(tokenizer, messages):
     """messages → input_ids up to and including <|assistant|>. The answer is what comes next."""
     input_ids, _ = encode_conversation(tokenizer, messages)
@@ -200,10 +190,7 @@ class ConversationDataset(Dataset):
     def _finish(self, bounds):
         """Sets what depends on the samples. bounds: the first sample of each file, and the end"""
         self.parts = [*zip(map(range, bounds, bounds[1:]), self.times, strict=True)]
-        for file, (indices, times) in zip(self.files, self.parts, strict=True):
-            if indices and round(times * len(indices)) == 0:
-                none = f"none of its {len(indices)} samples would be used"
-                raise DataError(f"{file}: {none}; give a larger number")
+        check_times(self.files, self.parts)
         self.lengths, self.supervised = self.samples.lengths, self.samples.supervised
         self.samples_per_epoch = len(draw_epoch(self.parts, 0, 0))
         self.digest = self.samples.digest()
@@ -258,24 +245,39 @@ class MicroBatch(NamedTuple):
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-def collate(samples, prefix_length=0):
+def round_up(number, step, parts):
+    """→ the next multiple of `step`, which is doubled as long as it is at most number / parts"""
+    while 2 * step * parts <= number:
+        step *= 2
+    return number + (-number) % step
+
+
+def longest_and_supervised(samples):
+    """[(input_ids, labels)] → (the longest length, the number of labels to predict)"""
+    lengths = [len(input_ids) for input_ids, _ in samples]
+    return max(lengths), sum(int((labels[1:] != IGNORE).sum()) for _, labels in samples)
+
+
+def collate(samples, prefix_length=0, least=(0, 0)):
     """[(input_ids, labels)] → MicroBatch. Three rows, drawn with T = 8 and P = 2:
 
         p p a a a a a a
             b b b . . .
             c c c c . .
 
-    The prefix p is stored once. The rows are padded (.) on the right, to a multiple of 8 that holds
-    the longest of them. They need no mask: see SelfAttention.forward in model.py.
+    The prefix p is stored once. The rows are padded (.) on the right, to a multiple of 8 (16 from
+    256 tokens on, 32 from 512 …). They need no mask: see SelfAttention.forward in model.py.
 
     The P + B × (T - P) computed tokens are numbered as in this drawing, from left to right and from
     top to bottom. `predicting` holds such numbers. The labels are shifted here: token t of a row
-    predicts label t + 1. `predicting` is padded to a multiple of 128, with number 0 and target
-    -100. So there are few different shapes, and few CUDA graphs.
+    predicts label t + 1. `predicting` is padded to a multiple of 128 (256 from 1,024 on …),
+    with number 0 and target -100. So there are few different shapes, and few CUDA graphs.
+
+    least: padded as if the longest row had this many tokens, and this many were supervised
     """
     P = prefix_length if len(samples) > 1 else 0  # one row has nothing to share
-    T = max(len(input_ids) for input_ids, _ in samples)
-    T += (-T) % 8  # tensor cores want multiples of 8
+    longest, supervised = map(max, longest_and_supervised(samples), least)
+    T = round_up(longest, 8, 16)  # tensor cores want multiples of 8
     input_ids = torch.stack([F.pad(ids, (0, T - len(ids))) for ids, _ in samples])
     next_labels = torch.stack(
         [F.pad(labels[1:], (0, T - len(labels) + 1), value=IGNORE) for _, labels in samples]
@@ -285,7 +287,7 @@ def collate(samples, prefix_length=0):
     prefix, rests = flat[:P].expand(B, P), flat[P:].view(B, T - P)
     number = torch.cat((prefix, rests), dim=1)  # [B, T] of each token of each row
     is_supervised = next_labels != IGNORE
-    padding = (0, -int(is_supervised.sum()) % 128)
+    padding = (0, round_up(supervised, 128, 4) - int(is_supervised.sum()))
     return MicroBatch(
         prefix=input_ids[0, :P],
         input_ids=input_ids[:, P:].contiguous(),
@@ -304,25 +306,32 @@ class Update(NamedTuple):
     supervised: int  # supervised tokens
 
 
-def shared_out(values, batch_size):
-    """→ lists of `batch_size` values or fewer, one for each micro-batch of this process"""
-    rank, count = rank_and_count()
-    starts = range(0, len(values), batch_size)[rank::count]
-    return [values[start : start + batch_size] for start in starts]
-
-
 def make_update(epoch, batch_size, prefix_length, samples):
-    """[(input_ids, labels)] of a whole update → Update"""
-    micro_batches = [collate(part, prefix_length) for part in shared_out(samples, batch_size)]
-    tokens = sum(len(input_ids) for input_ids, _ in samples)
-    supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in samples)
-    return Update(epoch, micro_batches, len(samples), tokens, supervised)
+    """[(input_ids, labels)] of a whole update → Update
+
+    All micro-batches that the processes compute in one turn get the same shape. So the processes
+    capture CUDA graphs together. Rows of padding complete the last micro-batch, if they are at most
+    an eighth of all rows.
+    """
+    total, tokens = len(samples), sum(len(input_ids) for input_ids, _ in samples)
+    _, supervised = longest_and_supervised(samples)
+    missing, (rank, count) = -len(samples) % batch_size, rank_and_count()
+    if 8 * missing <= len(samples) + missing:
+        padding = (torch.zeros(1, dtype=torch.long), torch.tensor([IGNORE]))  # without a target
+        samples = [*samples, *[padding] * missing]
+    micro_batches = []
+    for turn in in_parts(in_parts(samples, batch_size), count):
+        if rank < len(turn):
+            least = tuple(map(max, zip(*map(longest_and_supervised, turn), strict=True)))
+            micro_batches.append(collate(turn[rank], prefix_length, least))
+    return Update(epoch, micro_batches, total, tokens, supervised)
 
 
 def eval_batches(dataset, batch_size, pin_memory=False):
     """→ DataLoader of this process's micro-batches of a whole dataset, the shortest first"""
+    rank, count = rank_and_count()
     order = sorted(range(len(dataset)), key=dataset.lengths.__getitem__)
-    batches = shared_out(order, batch_size)
+    batches = in_parts(order, batch_size)[rank::count]
     options = dict(collate_fn=partial(collate, prefix_length=dataset.prefix_length))
     return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **options)
 

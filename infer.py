@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import data
 import model as chatglm
 from support import answers, bases, commands
-from support.chat import chat
+from support.chat import chat, reply
 from support.export import check_free, merge_to
 from support.infer_flags import parse_args
 from support.preamble import Preamble, read_tools
@@ -94,7 +94,8 @@ def compile_decoding(model):
         plain = chatglm.Block.forward_one.__get__(layer)
         layer.forward_one = torch.compile(plain, options=options)
         linear = layer.self_attention.query_key_value
-        if linear.bias is not None:  # which must not be a part of the product for that
+        # Its bias must not be a part of the product for that.
+        if type(linear) is torch.nn.Linear and linear.bias is not None:
             linear.forward = lambda x, linear=linear: F.linear(x, linear.weight) + linear.bias
     network.encoder.final_layernorm.compile(options=options)
     network.output_layer.compile(options=options)
@@ -289,16 +290,6 @@ class Assistant:
         return None
 
 
-def reply(assistant, prompt):
-    """Prints the answer to a user's message, as it comes."""
-    prompt_ids, ids = assistant.encode([{"role": "user", "content": prompt}]), []
-    for text in assistant.stream(assistant.answer(prompt_ids), ids):
-        print(text, end="", flush=True)
-    print()
-    if reason := assistant.why_cut(prompt_ids, ids):
-        print(f"({reason})", file=sys.stderr)
-
-
 # --- the command ------------------------------------------------------------------------------
 
 
@@ -367,8 +358,7 @@ def new_assistant(args, model, tokenizer, preamble):
     choose = greedy if args.greedy else partial(sample, **options)
     if args.compile:
         compile_decoding(model)
-    use_graph = not args.load_in  # 8-bit products wait for the device; 4-bit has not been tried
-    decoder = Decoder(model, choose, args.repetition_penalty, use_graph, args.compile)
+    decoder = Decoder(model, choose, args.repetition_penalty, compiled=args.compile)
     return Assistant(decoder, tokenizer, preamble, args.max_new_tokens)
 
 

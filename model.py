@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from support import adapters
+from support import adapters, fp8
 from support.bases import check_files, loading_options, make_random_weights
 from support.config import IGNORE, ChatGLMConfig
+from support.devices import has_grouped_attention
 from support.errors import first_few, one_line
 from support.files import write_files
 
@@ -125,7 +126,10 @@ class SelfAttention(nn.Module):
             keys[:, :, : k.shape[2]], values[:, :, : v.shape[2]] = k, v
         # Padding needs no mask. It is on the right, where causal attention of real tokens does not
         # look. What is computed at padding is not read, or masked in the cache (forward_one).
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        is_grouped = has_grouped_attention(q.device, q.dtype)
+        if not is_grouped:  # torch would need a [T, T] matrix: copies for each query head
+            k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
         y = y.transpose(1, 2).flatten(2)  # [B, T, H × D]
         return self.dense(merge_prefix(y, prefix_shape[0]) if prefix_shape else y)
 
@@ -173,6 +177,10 @@ class Block(nn.Module):
         x = x + self.self_attention(self.input_layernorm(x), rope, prefix_shape, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def forward_recomputed(self, x, rope, prefix_shape=None):
+        """Like forward, but only x is stored. Backward runs it again, with the same dropout."""
+        return checkpoint(self.forward, x, rope, prefix_shape, use_reentrant=False)
+
     def forward_one(self, x, *context):
         x = x + self.self_attention.forward_one(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -189,13 +197,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
-        self.recomputed_layers = 0  # gradient checkpointing: so many blocks, from the first on
+        self.recomputed_layers = 0  # gradient checkpointing: of this many blocks, the first ones
 
     def forward(self, x, rope, prefix_shape=None, cache=None):
         for i, layer in enumerate(self.layers):
             if self.training and torch.is_grad_enabled() and i < self.recomputed_layers:
-                # Only x is stored. Backward runs the block again, with the same dropout.
-                x = checkpoint(layer, x, rope, prefix_shape, use_reentrant=False)
+                x = layer.forward_recomputed(x, rope, prefix_shape)
             else:
                 x = layer(x, rope, prefix_shape, None if cache is None else cache[i])
         return self.final_layernorm(x)
@@ -351,10 +358,7 @@ class ChatGLMForCausalLM(PreTrainedModel):
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         except Exception as error:  # whatever a damaged file makes the readers raise
             raise ValueError(f"{path}: cannot load this model: {one_line(error)}") from error
-        faults = adapters.key_faults(
-            info["missing_keys"], info["mismatched_keys"], info["unexpected_keys"]
-        )
-        if faults:
+        if faults := adapters.key_faults(**info):
             raise ValueError(f"{path}: not a complete ChatGLM3 checkpoint: {first_few(faults)}")
         return model
 
@@ -372,12 +376,15 @@ def load_model(path, device="auto", dtype="auto", load_in=None):
     """A checkpoint's directory or hub id → ChatGLMForCausalLM, in evaluation mode.
 
     device: auto, cpu or cuda; dtype: auto (fp16 on CUDA, fp32 on a CPU), fp16, bf16 or fp32;
-    load_in: None, or 4bit (NF4) or 8bit, for the blocks' matrices. Raises ValueError if the device
-    or bitsandbytes is missing, or loading fails.
+    load_in: None, or 4bit (NF4) or fp8 (e4m3), for the blocks' matrices. Raises ValueError if the
+    device or bitsandbytes is missing, or loading fails.
     """
     options = loading_options(device, dtype, load_in)
     if options["device_map"] == "cpu" and str(path) == str(BUILT_IN):
         torch.set_num_threads(1)  # its matrices are too small for several threads to help
+    if load_in == "fp8":  # on the CPU first: the device may have no room for the fp16 weights
+        model = ChatGLMForCausalLM.from_pretrained(path, **options | {"device_map": "cpu"})
+        return fp8.quantise_blocks(model, options["device_map"])
     return ChatGLMForCausalLM.from_pretrained(path, **options)
 
 
@@ -403,7 +410,7 @@ def add_lora(
     target_modules: a list of module names, or one regular expression (a str) for whole paths;
     modules_to_save: names of modules to train whole. Raises ValueError for a name without a module.
     """
-    adapters.check_targets(model, target_modules, modules_to_save or [])
+    adapters.check_targets(model, target_modules, modules_to_save or [], dora)
     names = dict(target_modules=target_modules, modules_to_save=modules_to_save)
     lora = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
     config = LoraConfig(task_type="CAUSAL_LM", **names, **lora)
@@ -430,9 +437,8 @@ def load_adapter(model, adapter_dir, is_trainable=False):
     run. Raises ValueError for a directory without an adapter, an adapter that is not plain LoRA,
     and any tensor that is missing, misshapen or has no place in the model.
     """
-    directory = Path(adapter_dir)
-    file = adapters.weights_file(directory)
-    try:
+    file = adapters.weights_file(Path(adapter_dir))
+    with adapters.told_of(adapter_dir):
         tensors, config = adapters.read_adapter(file)
         config.inference_mode = not is_trainable
         config.base_model_name_or_path = model.name_or_path
@@ -441,9 +447,4 @@ def load_adapter(model, adapter_dir, is_trainable=False):
         cast_trainable_to_fp32(peft_model)  # first, so that fp32 tensors are not rounded
         adapters.check_tensors(tensors, wanted=adapters.adapter_tensors(peft_model))
         set_peft_model_state_dict(peft_model, {n: t.float() for n, t in tensors.items()})
-    except adapters.Mismatch as error:
-        what = "this adapter was not trained on this model"
-        raise ValueError(f"{directory}: {what}: {error}") from error
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise ValueError(f"{directory}: cannot read this adapter: {one_line(error)}") from error
     return peft_model.train(is_trainable)

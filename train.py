@@ -23,6 +23,7 @@ from support import commands, forecast, memory, processes, reports
 from support.bases import check_same_base, find_base, fingerprint, trained_with
 from support.checkpoints import find_checkpoint, restore, run_identity
 from support.progress import Progress, ProgressBar, check_overflows, eval_bar
+from support.recomputation import recompute_all, seed_dropouts, set_up_compiler
 from support.run_directory import RunDirectory, check_output_dir
 from support.train_flags import lora_options, parse_args, run_args_of, take_lora_flags
 
@@ -242,8 +243,7 @@ def make_micro_step(run):
     """→ micro_step(batch, divisor): forward_backward of this run's model, with its fast paths.
 
     On CUDA, or with --compile, the longest micro-batch is tried first, so that memory does not run
-    out an hour later. --gradient-checkpointing auto recomputes no more blocks than necessary; a
-    resumed run recomputes as many as before. Raises ValueError if memory runs out.
+    out an hour later: see memory.recompute_as_wanted. Raises ValueError if memory runs out.
     """
     args, model, encoder = run.args, run.model, run.model.transformer.encoder
     set_up_model(args, model)
@@ -278,10 +278,11 @@ def set_up_model(args, model):
 
 def compile_training(model):
     """Compiles the blocks, once for all lengths, and the loss, which then stores no fp32 logits."""
-    # The norms' eps and LoRA's scale are constants. On a CPU they would become inputs otherwise.
-    torch._dynamo.config.specialize_float = True
+    set_up_compiler()
+    seed_dropouts(model.transformer, model.transformer.encoder.layers)
     for layer in model.transformer.encoder.layers:
         layer.compile(dynamic=True)
+        layer.forward_recomputed = torch.compile(layer.forward, dynamic=True, backend=recompute_all)
     model.chunk_loss = torch.compile(model.chunk_loss, dynamic=True)
 
 
@@ -289,13 +290,12 @@ def with_cuda_graphs(args, model, micro_step, like=None):
     """→ CUDAGraphs(micro_step, like), or micro_step where graphs are impossible or not wanted"""
     if args.cuda_graphs and model.device.type != "cuda":
         raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
-    # Recomputed dropout can't be captured, because it sets the random state; nor can 8-bit
-    # products, which wait for the device. 4-bit ones have not been tried.
-    recomputes = model.transformer.encoder.recomputed_layers > 0
-    is_possible = not (recomputes or model.output_layer_has_dropout() or args.load_in)
+    # torch.utils.checkpoint sets the random state, which can't be captured. Compiled blocks don't.
+    recomputes = model.transformer.encoder.recomputed_layers > 0 and not args.compile
+    is_possible = not (recomputes or model.output_layer_has_dropout())
     if args.cuda_graphs and not is_possible:
-        what = "checkpointed or quantised blocks, or dropout on the output layer"
-        raise ValueError(f"--cuda-graphs can't replay {what}; leave one out")
+        what = "checkpointed blocks without --compile, or dropout on the output layer"
+        raise ValueError(f"--cuda-graphs can't replay {what}; leave out --cuda-graphs")
     use_them = model.device.type == "cuda" and is_possible and args.cuda_graphs is not False
     return CUDAGraphs(micro_step, like) if use_them else micro_step
 

@@ -6,6 +6,7 @@ path of the module, then "lora_A.weight" or "lora_B.weight" (of an embedding "lo
 its own tensors' names.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -16,8 +17,9 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from support.errors import first_few
+from support.errors import first_few, one_line
 from support.files import check_no_lfs_pointer
+from support.fp8 import float8_layers
 
 # The keys of adapter_config.json that are plain LoRA, and the types of their values. Whatever else
 # peft knows changes the network, the base's weights or the input, and is refused.
@@ -43,8 +45,24 @@ PLAIN_LORA = {
 # --- new adapters -----------------------------------------------------------------------------
 
 
-def check_targets(model, target_modules, modules_to_save):
-    """Raises ValueError for a name that no module has, and for a target that is no linear layer."""
+def check_dora(model):
+    """Raises ValueError if DoRA can't work on the model. peft takes the norms of the weights."""
+    if float8_layers(model):
+        raise ValueError("DoRA does not work with --load-in fp8; use 4bit, or leave --load-in out")
+
+
+def check_whole(modules, names):
+    """Raises ValueError if one of these modules can't be trained whole: --load-in quantised it."""
+    for name in names:
+        if any(param.dtype.itemsize == 1 for param in modules[name].parameters()):
+            raise ValueError(f"{name} is quantised by --load-in, and can't be trained whole")
+
+
+def check_targets(model, target_modules, modules_to_save, dora=False):
+    """Raises ValueError for a name that no module has, for a target that is no linear layer, and
+    for what can't be trained because --load-in has quantised it."""
+    if dora:
+        check_dora(model)
     modules = dict(model.named_modules())
     is_pattern = isinstance(target_modules, str)
     targets = [target_modules] if is_pattern else target_modules
@@ -67,6 +85,7 @@ def check_targets(model, target_modules, modules_to_save):
             if not isinstance(modules[name], nn.Linear | nn.Embedding):
                 what = f"target modules {wanted!r}: {name} is no linear layer"
                 raise ValueError(f"{what}, which LoRA needs")
+        check_whole(modules, found if wanted in modules_to_save else ())
 
 
 def adapter_tensors(peft_model):
@@ -93,6 +112,18 @@ def adapter_files(peft_model):
 
 class Mismatch(ValueError):
     """Tensors that the model or the configuration has no place for."""
+
+
+@contextlib.contextmanager
+def told_of(directory):
+    """Raises every error in it as a ValueError that names the adapter's directory."""
+    try:
+        yield
+    except Mismatch as error:
+        what = "this adapter was not trained on this model"
+        raise ValueError(f"{directory}: {what}: {error}") from error
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise ValueError(f"{directory}: cannot read this adapter: {one_line(error)}") from error
 
 
 def weights_file(directory):
@@ -152,6 +183,8 @@ def exact_config(config, tensors, model):
     itself. Raises Mismatch for tensors that are missing, belong to no module, or have another rank
     than `config` says. A layer that only a pattern in `config` names is not missed.
     """
+    if config.use_dora:
+        check_dora(model)
     names = {str(name).removeprefix("base_model.model.") for name in tensors}
     adapted = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
     targets = [name for name, _ in model.named_modules() if name in adapted]
@@ -162,6 +195,7 @@ def exact_config(config, tensors, model):
         for name, _ in model.named_parameters()
         if name in names and not name.endswith(biases)
     }
+    check_whole(dict(model.named_modules()), whole - adapted)
     ranks = _ranks(tensors)
     faults = [f"unknown base_model.model.{path}" for path in sorted(adapted - {*targets})]
     faults += _missing_whole(config, model, names)
@@ -237,9 +271,13 @@ def check_tensors(tensors, wanted):
         raise Mismatch(first_few(faults))
 
 
-def key_faults(missing, misshapen, unknown):
-    """One sentence for each tensor. misshapen: [(name, its shape, the wanted shape)]"""
-    faults = [f"missing {name}" for name in sorted(missing)]
-    for name, shape, wanted in sorted(misshapen):
+def key_faults(missing_keys, mismatched_keys, unexpected_keys, **rest):
+    """One sentence for each tensor. The arguments are what transformers tells of a checkpoint; of
+    these only the keys are read.
+
+    mismatched_keys: [(name, its shape, the wanted shape)]
+    """
+    faults = [f"missing {name}" for name in sorted(missing_keys)]
+    for name, shape, wanted in sorted(mismatched_keys):
         faults.append(f"{name} has shape {list(shape)}, not {list(wanted)}")
-    return faults + [f"unknown {name}" for name in sorted(unknown, key=str)]
+    return faults + [f"unknown {name}" for name in sorted(unexpected_keys, key=str)]

@@ -18,6 +18,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from support.checkpoints import list_checkpoints
 from support.config import ADAPTER_DIR, DTYPES
+from support.devices import check_float8, find_device
 from support.files import as_bytes, check_no_lfs_pointer, read_json
 
 SIZES = (
@@ -109,22 +110,19 @@ def own_dtype(path):
 
 def loading_options(device, dtype, load_in):
     """What model.load_model takes → the arguments of from_pretrained. Raises ValueError."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    device = find_device(device)
     if dtype == "auto":
         dtype = "fp16" if device == "cuda" else "fp32"
     options = dict(device_map=device, dtype=DTYPES[dtype])
-    if not load_in:
+    if load_in == "fp8":
+        check_float8(device)
+    if load_in != "4bit":
         return options
     if importlib.util.find_spec("bitsandbytes") is None:
         install = "pip install -r requirements-quantization.txt"
         raise ValueError(f"--load-in {load_in} needs bitsandbytes: {install}")
-    settings = dict(load_in_8bit=True)
-    if load_in == "4bit":
-        settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        settings["bnb_4bit_compute_dtype"] = DTYPES[dtype]
+    settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    settings["bnb_4bit_compute_dtype"] = DTYPES[dtype]
     return options | dict(quantization_config=BitsAndBytesConfig(**settings))
 
 
@@ -169,8 +167,8 @@ def fingerprint(model, vocabulary_digest, samples=1024):
     {"vocabulary": the digest of its tokenizer.model, "shape": its sizes, "matrices": a digest of
     the blocks' matrices, None if they are quantised, "fixed": a digest of all other weights}.
 
-    The digests are of the signs of some weights of every tensor: rounding keeps signs. Take it
-    before LoRA is added.
+    The digests are of the signs of some weights of every tensor: rounding keeps signs, in float8
+    too. Take it before LoRA is added.
     """
     groups = {"fixed": [], "matrices": []}
     for name, param in sorted(model.named_parameters()):
@@ -181,7 +179,7 @@ def fingerprint(model, vocabulary_digest, samples=1024):
     for group, params in groups.items():
         result[group] = None
         if all(param.is_floating_point() for param in params):
-            some = [p.flatten()[:: max(1, p.numel() // samples)].signbit() for p in params]
+            some = [p.flatten()[:: max(1, p.numel() // samples)].float().signbit() for p in params]
             signs = torch.cat(some).tolist()  # one transfer from the device
             result[group] = hashlib.sha256(bytes(signs)).hexdigest()
     return result

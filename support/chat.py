@@ -16,6 +16,16 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def reply(assistant, prompt):
+    """Prints the answer to a user's message, as it comes."""
+    prompt_ids, ids = assistant.encode([{"role": "user", "content": prompt}]), []
+    for text in assistant.stream(assistant.answer(prompt_ids), ids):
+        print(text, end="", flush=True)
+    print()
+    if reason := assistant.why_cut(prompt_ids, ids):
+        say(f"({reason})")
+
+
 def chat(assistant):
     """The terminal's lines and the model's answers: see Chat. assistant: an infer.Assistant."""
     with contextlib.suppress(ImportError):

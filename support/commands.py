@@ -86,7 +86,8 @@ def add_device_flags(add, dtype="of the base and autocast; auto: fp16 on CUDA, e
 
 
 def add_load_in_flag(add):
-    add("--load-in", choices=("4bit", "8bit"), help="quantise the base, with bitsandbytes")
+    kinds = "4bit needs bitsandbytes, fp8 a card of compute capability 8.9 or more, or a CPU"
+    add("--load-in", choices=("4bit", "fp8"), help=f"quantise the base: {kinds}")
 
 
 def add_checkpointing_flag(add):

@@ -7,6 +7,7 @@ are measured one by one, and counted over the updates that the run will make.
 train.py passes the functions that run updates, because support/ does not import it.
 """
 
+import itertools
 import shutil
 import statistics
 import time
@@ -14,11 +15,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from support import memory
 from support.checkpoints import checkpoint_files
 from support.files import as_bytes, nearest_existing
+from support.memory import timed, wait_for
 from support.processes import largest
 
 MOST_MEASURED = 12  # updates; fewer if they take long
@@ -65,20 +66,9 @@ class Costs(NamedTuple):
         return sum(getattr(self, mode) for mode in modes)
 
 
-def timed(function):
-    """→ the seconds until function() returns"""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def wait_for(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(run_item, items, shapes, modes, device):
-    """→ Costs, from run_item(item) for each item, at least three times.
+def measure(run_items, shapes, modes, device):
+    """→ Costs, from run_items(), at least three times. It is a generator, which runs an item and
+    yields, and so on.
 
     shapes: for each item, the shapes of its micro-batches; modes: Modes, after what has run before.
     With CUDA graphs the first pass runs eagerly or captures, the second captures what ran eagerly
@@ -88,18 +78,18 @@ def measure(run_item, items, shapes, modes, device):
     def one_by_one():
         """→ [(seconds, the modes of its micro-batches)] of all items"""
         # Training does not wait for the device either. What it waits for is Python.
-        seconds = [timed(partial(run_item, item)) for item in items]
+        times = [time.perf_counter(), *(time.perf_counter() for _ in run_items())]
         wait_for(device)
+        seconds = [end - start for start, end in itertools.pairwise(times)]
         return [*zip(seconds, map(modes.next, shapes), strict=True)]
 
     def all_at_once():
-        for item in items:
-            run_item(item)
-        wait_for(device)
+        for _ in run_items():
+            pass
 
     first, second, totals = one_by_one(), one_by_one(), []
     while not totals or (len(totals) < 7 and sum(totals) < 3):
-        totals.append(largest(timed(all_at_once)))  # so that all processes go on, or none
+        totals.append(largest(timed(all_at_once, device)))  # so all processes go on, or none
     steady = statistics.median(totals) / max(1, sum(map(len, shapes)))
     costs = Costs(eager=steady, captured=steady, replayed=steady)
     if modes.max_graphs:
@@ -141,24 +131,21 @@ def seconds_of_training(run, load, run_update, max_graphs):
             shapes.append([batch.shapes() for batch in update.micro_batches])
     by_size = sorted(range(len(coming)), key=sizes.__getitem__)
 
-    def run_number(number):
-        epoch, indices = coming[number]
-        for update in load(epoch, [indices]):
+    def run_updates(numbers):
+        # One loader for all, as in training: starting one takes some milliseconds.
+        for update in load(coming[0][0], [coming[number][1] for number in numbers]):
             run_update(update)
-
-    def run_twice(number):
-        run_number(number)
-        run_number(number)
-        wait_for(run.device)
+            yield
 
     typical, modes = by_size[len(by_size) // 2], Modes(max_graphs)
-    seconds = largest(timed(partial(run_twice, typical)))
+    seconds = largest(timed(lambda: [*run_updates([typical] * 2)], run.device))
     modes.next(shapes[typical] * 2)
     most = min(MOST_MEASURED, int(40 / seconds))  # of the updates that have graphs for all shapes
     if max_graphs:
         most = min(most, max_graphs // max(map(len, shapes)))
     measured = middles(by_size, max(3, most))
-    costs = measure(run_number, measured, [shapes[i] for i in measured], modes, run.device)
+    shapes_of_measured = [shapes[number] for number in measured]
+    costs = measure(partial(run_updates, measured), shapes_of_measured, modes, run.device)
     modes = Modes(max_graphs)  # of the real run
     seconds = [costs.of(modes.next(each)) for each in shapes]
     later = seconds[len(seconds) // 2 :]
@@ -176,12 +163,14 @@ def seconds_of_evaluations(run, batches, eval_step, max_graphs):
     numbers = {*middles(range(len(all_shapes)), 4 * MOST_MEASURED)}
     measured = [batch for number, batch in enumerate(batches) if number in numbers]
 
-    def run_batch(batch):
-        eval_step(batch.to(device), one)
+    def run_batches():
+        for batch in measured:
+            eval_step(batch.to(device), one)
+            yield
 
     run.model.eval()
     shapes = [[batch.shapes()] for batch in measured]
-    costs = measure(run_batch, measured, shapes, Modes(max_graphs), device)
+    costs = measure(run_batches, shapes, Modes(max_graphs), device)
     run.model.train()
     count, modes = times_due(run, run.eval_every), Modes(max_graphs)
     seconds = [costs.of(modes.next(all_shapes)) for _ in range(min(count, 3))]
@@ -213,17 +202,16 @@ def print_forecast(run, load, run_update, eval_batches, eval_step, max_graphs):
     if run.eval_set:
         batches = eval_batches(run.args.batch_size)
         evaluating = seconds_of_evaluations(run, batches, eval_step, max_graphs)
-    start = time.perf_counter()
-    files = {name: as_bytes(content) for name, content in checkpoint_files(run, b"").items()}
-    saves = times_due(run, run.args.save_steps)
-    saving = saves * (time.perf_counter() - start)  # without the disk, which works beside training
+    saves, start = times_due(run, run.args.save_steps), time.perf_counter()
+    contents = checkpoint_files(run, b"")  # off the device; a thread does the rest beside training
+    saving = saves * (time.perf_counter() - start)
+    files = {name: as_bytes(content) for name, content in contents.items()}
     at_most = "at most " if run.args.patience else ""
     whole = f"{at_most}{in_words(training + evaluating + saving)} for {updates:,} updates"
     evaluations = f", of which evaluations {in_words(evaluating)}" if run.eval_set else ""
     print(f"time     {whole}{evaluations}, after loading and trying")
     print_disk(run, files, saves)
     print_memory(run)
-    print(f"         attention: {attention_kernel(run)}")
     print("nothing was written")
 
 
@@ -250,17 +238,6 @@ def print_memory(run):
         print(f"memory   {in_bytes(peak)}; the card has {in_bytes(total)}, {taken}")
     elif peak := memory.peak_of_process():
         print(f"memory   {in_bytes(peak)}, the peak of this process; training needs about as much")
-
-
-def attention_kernel(run):
-    """→ the name of the kernel that torch chooses for this model's attention"""
-    config, model = run.model.config, run.model
-    heads, groups = config.num_attention_heads, config.multi_query_group_num
-    options = dict(dtype=model.dtype, device=model.device, requires_grad=True)
-    q = torch.empty(1, heads, 64, config.kv_channels, **options)
-    k = torch.empty(1, groups, 64, config.kv_channels, **options)
-    choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True)
-    return f"{SDPBackend(choice).name.lower().replace('_', ' ')} kernel"
 
 
 def in_words(seconds):

@@ -48,7 +48,6 @@ def parse_args(argv=None):
         (compare_fails, "--compare needs --prompt, and an adapter"),
         (merge and args.no_adapter, "--merge-to needs an adapter"),
         (merge and args.load_in, "--merge-to: a quantised base can't be merged; no --load-in"),
-        (args.compile and args.load_in, "--compile does not work with --load-in"),
         (args.keys and not args.input, "--keys needs --input"),
     ):
         if is_wrong:

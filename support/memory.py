@@ -4,10 +4,12 @@ import argparse
 import copy
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from support import fp8
 from support.config import IGNORE
 from support.processes import are_several
 from support.run_args import flag_of
@@ -18,16 +20,18 @@ class DoesNotFit(ValueError):
 
 
 def longest_samples(dataset, count, max_length):
-    """→ `count` samples for the micro-batch that needs the most memory.
+    """→ `count` samples for the micro-batch that needs the most memory; fewer if none has so many.
 
     All have the length of the longest sample, and the most supervised tokens of any sample.
     max_length cuts them: flags_that_fit tries less than the dataset has.
     """
+    samples = dataset.samples_per_epoch
+    count = min(count, samples + samples // 7)  # with rows of padding: see data.make_update
     input_ids, _ = dataset[max(range(len(dataset)), key=dataset.lengths.__getitem__)]
     input_ids = input_ids[:max_length]
     most = min(max(dataset.supervised), len(input_ids) - 1)
     is_supervised = torch.arange(len(input_ids)) >= len(input_ids) - most
-    return [(input_ids, input_ids.where(is_supervised, IGNORE))] * min(count, len(dataset))
+    return [(input_ids, input_ids.where(is_supervised, IGNORE))] * count
 
 
 class Trial:
@@ -47,6 +51,7 @@ class Trial:
         copies += 1 if are_several() else 0
         self.stand_ins = [torch.empty_like(param) for param in params for _ in range(copies)]
         self.started = time.perf_counter()
+        self.attempts, self.first_seconds, self.capture_seconds = 0, 0.0, 0.0
 
     def fits(self, micro_step):
         """Runs micro_step(batch, divisor). → False if memory runs out."""
@@ -57,8 +62,9 @@ class Trial:
         if not self.is_needed:
             return True
         divisor = torch.ones((), device=self.device)
+        self.attempts += 1
         try:
-            micro_step(self.longest, divisor)
+            self.first_seconds = timed(partial(micro_step, self.longest, divisor), self.device)
             if self.device.type == "cuda":
                 self.run_again(micro_step, divisor)
             return True
@@ -75,7 +81,8 @@ class Trial:
             torch.cuda.max_memory_allocated() // 20, dtype=torch.uint8, device=self.device
         )
         torch.cuda.reset_peak_memory_stats()
-        micro_step(self.longest, divisor)  # CUDAGraphs capture and replay it
+        # CUDAGraphs captures and replays it.
+        self.capture_seconds = timed(partial(micro_step, self.longest, divisor), self.device)
         if hasattr(micro_step, "run_eagerly"):
             micro_step.run_eagerly(self.longest, divisor)  # as a new shape will, beside the graph
         self.peak = torch.cuda.max_memory_allocated() - margin.nbytes
@@ -92,12 +99,31 @@ class Trial:
             )
         took = f"{time.perf_counter() - self.started:.1f} s"
         if self.device.type == "cuda":
-            need = f"{self.peak / 2**30:.1f} GiB for {size}"
-            print(f"memory   {need}, {blocks} checkpointed (tried in {took})")
+            need = f"{self.peak / 2**30:.1f} GiB for {size}, {blocks} checkpointed"
+            what = "compiling and loading kernels" if self.run.args.compile else "loading kernels"
+            parts = f": {self.first_seconds:.1f} s {what}"
+            if hasattr(micro_step, "run_eagerly"):
+                parts += f", {self.capture_seconds:.1f} s capturing"
+            if self.attempts > 1:  # the first one, which failed, has compiled
+                parts = f", {self.attempts} attempts"
+            print(f"memory   {need} (tried in {took}{parts})")
             self.run.peak_memory = self.peak
             torch.cuda.reset_peak_memory_stats()  # report_result prints the peak of training
         elif self.run.args.compile:
             print(f"compiled in {took}")
+
+
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function, device):
+    """→ the seconds that function() takes, with the work it gives to the device"""
+    start = time.perf_counter()
+    function()
+    wait_for(device)
+    return time.perf_counter() - start
 
 
 def size_of(batch):
@@ -119,29 +145,35 @@ def try_evaluation(model, eval_step, longest):
 
 
 def recompute_as_wanted(run, attempt, layers):
-    """Calls attempt(n) with the number of blocks that --gradient-checkpointing means. → its result
+    """Calls attempt(n), where --gradient-checkpointing decides n. → its result
 
-    A resumed run recomputes as many as before. attempt, layers: see fewest_that_fit
+    auto means as few blocks as possible. A resumed run recomputes as many as before. Float8
+    matrices are transposed first, and the transposes are dropped before more blocks are recomputed.
+    attempt, layers: see fewest_that_fit
     """
-    wanted = run.args.gradient_checkpointing
+    setting = run.args.gradient_checkpointing
     if run.checkpoint:
-        wanted = run.progress.recomputed_layers
-    elif wanted == "auto" and run.args.cuda_graphs:
-        wanted = "off"  # recomputed blocks can't be captured
-    if wanted == "auto":
-        return fewest_that_fit(attempt, layers)
-    return attempt(min({"all": layers, "off": 0}.get(wanted, wanted), layers))
+        setting = run.progress.recomputed_layers
+    elif setting == "auto" and run.args.cuda_graphs and not run.args.compile:
+        setting = "off"  # recomputed blocks can't be captured, unless they are compiled
+    fewest = {"all": layers, "off": 0, "auto": 0}.get(setting, setting)
+    fewest = min(fewest, layers)
+    fp8.store_transposed(run.model)
+    micro_step = attempt(fewest)
+    if micro_step is None and fp8.drop_transposed(run.model):
+        micro_step = attempt(fewest)
+    if micro_step is None and setting == "auto":
+        micro_step = fewest_that_fit(attempt, layers)
+    return micro_step
 
 
 def fewest_that_fit(attempt, layers):
     """→ attempt(n) for the smallest n that fits, by binary search; None if even `layers` does not.
 
     attempt(n) is the micro-step with n recomputed blocks, None if it does not fit. It also sets the
-    model to n, so it is called last for the n that is returned. The more blocks are recomputed, the
-    less memory a step takes, and the more time.
+    model to n. So the last call is for the n that is returned. The more blocks are recomputed, the
+    less memory a step takes, and the more time. attempt(0) is known not to fit.
     """
-    if micro_step := attempt(0):
-        return micro_step
     low, high = 1, layers
     while low < high:
         middle = (low + high) // 2

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 
 from support.commands import discard_output
+from support.devices import find_device
 
 
 def start(device):
     """Joins the processes that torchrun started. Does nothing without torchrun."""
     if not dist.is_torchelastic_launched():
         return
-    cuda = device != "cpu" and torch.cuda.is_available()
+    cuda = find_device(device) == "cuda"
     if cuda:
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:

@@ -18,7 +18,7 @@ from support.data_files import read_values
 from support.errors import DataError, escaped, one_a_line, printable
 from support.formats import ANSWER_KEYS, read_record
 from support.preamble import Preamble
-from support.processes import rank_and_count
+from support.processes import cores, rank_and_count
 from support.tools import is_tools_message, names_of_tools
 
 
@@ -154,6 +154,16 @@ def in_batches(records, size):
             yield batch
     finally:
         gc.unfreeze()
+
+
+def encode_texts(tokenizer, records):
+    """→ {text: ids} of all that data.encode_conversation encodes, in sentencepiece's threads"""
+    texts = set()
+    for record in records:
+        texts.update(message["content"] for message in record.messages)
+        texts.update(message.get("metadata", "") + "\n" for message in record.messages)
+    threads = max(1, cores() - 1)  # Python takes one core
+    return dict(zip(texts, tokenizer.pieces.encode([*texts], num_threads=threads), strict=True))
 
 
 def one_ahead(function, items):

@@ -13,6 +13,7 @@ import torch
 from support.bases import trained_with
 from support.checkpoints import BEST
 from support.config import ADAPTER_DIR, IGNORE, dtype_name
+from support.devices import attention_kernel
 from support.memory import peak_of_process
 from support.processes import rank_and_count
 from support.progress import perplexity_of
@@ -87,7 +88,8 @@ def describe_run(run, tokenizer):
     size = f"{args.batch_size} × {args.gradient_accumulation_steps} samples"
     processes = rank_and_count()[1]
     size += f" × {processes} processes" if processes > 1 else ""
-    print(f"updates  {run.total_steps:,}, each of {size}", flush=True)
+    print(f"updates  {run.total_steps:,}, each of {size}")
+    print(f"         attention: {attention_kernel(run.model)} kernel", flush=True)
 
 
 def describe_unused(dataset):

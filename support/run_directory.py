@@ -56,7 +56,8 @@ def check_output_dir(args):
     if args.tensorboard:
         check_tensorboard()
     ours = list_checkpoints(directory)
-    may_be_there = (LOCK, RUN_ARGS)
+    may_be_there = [LOCK]  # also what a run leaves that was killed while it wrote its first files
+    may_be_there += [RUN_ARGS, f"{RUN_ARGS}.part", "metrics.jsonl.part"]
     if directory.exists() and any(file.name not in may_be_there for file in directory.iterdir()):
         if not (directory / "metrics.jsonl").exists() and not ours:
             what = "is not empty, and has no run of train.py"

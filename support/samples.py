@@ -7,6 +7,20 @@ from array import array
 import torch
 
 from support.config import IGNORE
+from support.errors import DataError
+
+
+def in_parts(values, size):
+    """→ lists of `size` values; the last one may be shorter"""
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def check_times(files, parts):
+    """Raises DataError if an epoch would have no sample of a file. parts: [(its samples, times)]"""
+    for file, (samples, times) in zip(files, parts, strict=True):
+        if samples and round(times * len(samples)) == 0:
+            none = f"none of its {len(samples)} samples would be used"
+            raise DataError(f"{file}: {none}; give a larger number")
 
 
 class PackedSamples:

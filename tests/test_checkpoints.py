@@ -308,6 +308,18 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, cap
         assert left == sorted([*ADAPTER, "metrics.jsonl", "run.args", "checkpoint-2"])
 
 
+@pytest.mark.parametrize(
+    "files", [[], ["metrics.jsonl.part"], ["metrics.jsonl", "run.args.part"], ["run.args"]]
+)
+def test_a_run_that_was_killed_before_its_first_update_starts_again(tmp_path, files):
+    """It had written its first files only, perhaps not wholly."""
+    for name in (LOCK, *files):
+        (tmp_path / name).write_text("")
+    train_main(*SHORT, tmp_path, "--resume", "--max-steps", 2)
+    left = sorted(names(tmp_path.iterdir()))
+    assert left == sorted([*ADAPTER, "metrics.jsonl", "run.args", "checkpoint-2"])
+
+
 # --- disks ------------------------------------------------------------------------------------
 
 

@@ -186,11 +186,6 @@ class Machine:
     def run(self, batch, divisor=None):
         self.clock += self.SECONDS[self.graphs.run(batch)[1]]
 
-    def timed(self, function):
-        start = self.clock
-        function()
-        return self.clock - start
-
 
 def micro_batch(length, device="cpu"):
     return data.MicroBatch(*[torch.ones(2, length, device=device)] * 4)
@@ -204,7 +199,7 @@ def load(epoch, updates):  # as train.load_updates, but with lengths in place of
 @pytest.mark.parametrize("computed", [40, 1000])
 def test_the_time_counts_each_mode(monkeypatch, max_graphs, tolerance, computed):
     machine, alone = Machine(max_graphs), Machine(max_graphs)
-    monkeypatch.setattr(forecast, "timed", machine.timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: machine.clock)
     monkeypatch.setattr(forecast, "MOST_COMPUTED", computed)
     epochs = [(i, [(5, 5), (5, 9), (7, 7), (9, 11), (13, 5), (5, 7), (13, 17)]) for i in range(20)]
     run = SimpleNamespace(device=CPU, total_steps=140, progress=SimpleNamespace(step=0))
@@ -221,7 +216,7 @@ def test_the_time_counts_each_mode(monkeypatch, max_graphs, tolerance, computed)
 @pytest.mark.parametrize("max_graphs", [0, 96])
 def test_the_time_of_all_evaluations(monkeypatch, max_graphs):
     machine, alone = Machine(max_graphs), Machine(max_graphs)
-    monkeypatch.setattr(forecast, "timed", machine.timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: machine.clock)
     run = SimpleNamespace(device=CPU, total_steps=21, progress=SimpleNamespace(step=5))
     run.eval_every, run.model = 2, torch.nn.Module()
     batches = [*map(micro_batch, (9, 9, 7, 5, 5))]

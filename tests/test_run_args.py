@@ -165,7 +165,7 @@ GENERAL = [
     number_flag("--seed", 0, 10**9),
     number_flag("--eval-split", 1e-6, 0.999999),
     one_of("--gradient-checkpointing", "all", "off", "auto", 0, 2),
-    one_of("--load-in", "4bit", "8bit"),
+    one_of("--load-in", "4bit", "fp8"),
     st.sampled_from([["--cuda-graphs"], ["--no-cuda-graphs"], ["--compile"], ["--tensorboard"]]),
     number_flag("--keep-checkpoints", 1, 10**9),
 ]

@@ -26,23 +26,30 @@ from pathlib import Path
 
 import torch
 import transformers
-from random_checkpoint import random_model
+from random_checkpoint import random_base, random_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import infer
 import model as chatglm
 
 PROMPT = 64
-RUNS = {  # name: (rows, how Decoder is made); None: transformers
-    "graph, batch 1": (1, {}),
-    "compiled, graph, batch 1": (1, dict(compiled=True)),
-    "graph, batch 16": (16, {}),
-    "compiled, graph, batch 16": (16, dict(compiled=True)),
-    "eager, batch 1": (1, dict(use_graph=False)),
-    "transformers' generate, batch 1": (1, None),
-    "transformers' generate, batch 16": (16, None),
+RUNS = {  # name: (rows, how Decoder is made, how the base is loaded); None: transformers
+    "graph, batch 1": (1, {}, None),
+    "compiled, graph, batch 1": (1, dict(compiled=True), None),
+    "graph, batch 16": (16, {}, None),
+    "compiled, graph, batch 16": (16, dict(compiled=True), None),
+    "eager, batch 1": (1, dict(use_graph=False), None),
+    "transformers' generate, batch 1": (1, None, None),
+    "transformers' generate, batch 16": (16, None, None),
+    "fp8, graph, batch 1": (1, {}, "fp8"),
+    "fp8, compiled, graph, batch 1": (1, dict(compiled=True), "fp8"),
+    "fp8, compiled, graph, batch 16": (16, dict(compiled=True), "fp8"),
+    "4bit, graph, batch 1": (1, {}, "4bit"),
+    "4bit, compiled, graph, batch 1": (1, dict(compiled=True), "4bit"),
+    "4bit, graph, batch 16": (16, {}, "4bit"),
+    "4bit, compiled, graph, batch 16": (16, dict(compiled=True), "4bit"),
 }
-ON_A_CPU = {"eager, batch 1", "compiled, batch 1", "eager, batch 16", *list(RUNS)[-2:]}
+ON_A_CPU = {"eager, batch 1", "compiled, batch 1", "eager, batch 16", *list(RUNS)[5:7]}
 
 
 def synchronize(device):
@@ -200,9 +207,16 @@ def main():
             for n, r in RUNS.items()
         }
     )
-    for name, (rows, how) in runs.items():
+    loaded = None
+    for name, (rows, how, load_in) in runs.items():
         if args.only not in name or (not cuda and name not in ON_A_CPU):
             continue
+        if load_in != loaded:
+            config = model.config
+            del model
+            model, loaded = random_base(config, device, torch.float16, load_in).eval(), load_in
+            weights = sum(p.nbytes for p in model.parameters())
+            weights -= model.get_input_embeddings().weight.nbytes
         synchronize(device)
         start, first, later = times_of_tokens(model, rows, how, args.tokens, again=2)
         gaps = [b - a for a, b in itertools.pairwise(later)]

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import model as chatglm
+from support import fp8
 
 
 @torch.no_grad()
@@ -32,6 +33,27 @@ def random_model(config, device, dtype):
             param.fill_(1)
         else:
             param.normal_(0, 0.02)
+    return model
+
+
+def random_base(config, device, dtype, load_in=None):
+    """→ random_model, with the blocks' matrices quantised as model.load_model quantises them"""
+    model = random_model(config, device, dtype)
+    blocks = model.transformer.encoder.layers
+    if load_in == "fp8":
+        fp8.quantise_blocks(model, device)
+    if load_in == "4bit":
+        import bitsandbytes as bnb
+
+        kind = dict(quant_type="nf4", compress_statistics=False)
+        for parent in [*blocks.modules()]:
+            for name, old in [*parent.named_children()]:
+                if type(old) is torch.nn.Linear:
+                    size = (old.in_features, old.out_features, old.bias is not None)
+                    new = bnb.nn.Linear4bit(*size, compute_dtype=dtype, device="meta", **kind)
+                    weight = bnb.nn.Params4bit(old.weight.data, False, **kind, module=new)
+                    new.weight, new.bias = weight.to(device), old.bias
+                    setattr(parent, name, new)
     return model
 
 

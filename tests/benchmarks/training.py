@@ -19,43 +19,52 @@ from pathlib import Path
 
 import torch
 import transformers
-from random_checkpoint import random_model
+from random_checkpoint import random_base
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import model as chatglm
 import train
+from support import fp8
 
 EIGHT = "--batch-size 8 --gradient-accumulation-steps 1"
-LOOPS = {
-    "loop, eager, 4 × 2": "--no-cuda-graphs",
-    "loop, eager, 4 × 2, checkpointing": "--no-cuda-graphs --gradient-checkpointing all",
-    "loop, defaults, 4 × 2": "",
-    "loop, defaults, 8 × 1": EIGHT,
-    "loop, compiled, 8 × 1": f"{EIGHT} --compile --no-cuda-graphs",
-    "loop, compiled, graphs, 8 × 1": f"{EIGHT} --compile --cuda-graphs",
+ALL = "--gradient-checkpointing all"
+OFF = "--gradient-checkpointing off"
+LOOPS = {  # name: (how the base is loaded, flags)
+    "loop, eager, 4 × 2": (None, "--no-cuda-graphs"),
+    "loop, eager, 4 × 2, checkpointing": (None, f"--no-cuda-graphs {ALL}"),
+    "loop, defaults, 4 × 2": (None, ""),
+    "loop, defaults, 8 × 1": (None, EIGHT),
+    "loop, compiled, no graphs, 8 × 1": (None, f"{EIGHT} --compile --no-cuda-graphs"),
+    "loop, compiled, 8 × 1": (None, f"{EIGHT} --compile"),
+    "loop, compiled, 8 × 1, checkpointing": (None, f"{EIGHT} --compile {ALL}"),
+    "loop, compiled, 4 × 2, checkpointing": (None, f"--compile {ALL}"),
+    "loop, fp8, 8 × 1": ("fp8", EIGHT),
+    "loop, fp8, compiled, 8 × 1": ("fp8", f"{EIGHT} --compile"),
+    "loop, fp8 stored once, compiled, 8 × 1": ("fp8 once", f"{EIGHT} --compile"),
+    "loop, fp8 stored once, compiled, 4 × 2, checkpointing": ("fp8 once", f"--compile {ALL}"),
+    "loop, 4bit, defaults, 4 × 2": ("4bit", ""),
+    "loop, 4bit, compiled, 8 × 1": ("4bit", f"{EIGHT} --compile"),
+    "loop, 4bit, compiled, 8 × 1, checkpointing": ("4bit", f"{EIGHT} --compile {ALL}"),
+    "loop, 4bit, compiled, 4 × 2, checkpointing": ("4bit", f"--compile {ALL}"),
 }
-# Full sequences of random tokens: (tokens a sample, samples, flags).
+# Full sequences of random tokens: (base, tokens a sample, samples, flags).
 # 8,192 tokens are chatglm3-6b's whole context.
 FULL = {
-    "512 tokens, graphs, 4 × 2": (512, 160, ""),
-    "512 tokens, compiled, graphs, 4 × 2": (512, 160, "--compile --cuda-graphs"),
-    "8,192 tokens, checkpointing, 1 × 1": (8192, 6, "--gradient-checkpointing all"),
-    "8,192 tokens, checkpointing, compiled, 1 × 1": (
-        8192,
-        6,
-        "--gradient-checkpointing all --compile",
-    ),
-    "8,192 tokens, 27 blocks checkpointed, compiled, 1 × 1": (
-        8192,
-        6,
-        "--gradient-checkpointing 27 --compile",
-    ),
+    "512 tokens, 4 × 2": (None, 512, 160, ""),
+    "512 tokens, compiled, 4 × 2": (None, 512, 160, "--compile"),
+    "512 tokens, compiled, 4 × 2, checkpointing": (None, 512, 160, f"--compile {ALL}"),
+    "8,192 tokens, compiled, 1 × 1, checkpointing": (None, 8192, 6, f"--compile {ALL}"),
+    "512 tokens, fp8, compiled, 4 × 2": ("fp8", 512, 160, "--compile"),
+    "512 tokens, fp8 stored once, compiled, 4 × 2": ("fp8 once", 512, 160, "--compile"),
+    "512 tokens, 4bit, compiled, 4 × 2, checkpointing": ("4bit", 512, 160, f"--compile {ALL}"),
+    "8,192 tokens, 4bit, compiled, 1 × 1, checkpointing": ("4bit", 8192, 6, f"--compile {ALL}"),
 }
 CPU_LOOPS = ("loop, defaults, 4 × 2", "loop, defaults, 8 × 1")
-TRAINERS = {
-    "Trainer, padded to 512, checkpointing": (512, True),
-    "Trainer, dynamic padding": (None, False),
+TRAINERS = {  # name: (base, padded to so many tokens, checkpointing)
+    "Trainer, padded to 512, checkpointing": (None, 512, True),
+    "Trainer, dynamic padding": (None, None, False),
+    "Trainer, 4bit, dynamic padding, checkpointing (QLoRA)": ("4bit", None, True),
 }
 
 
@@ -115,9 +124,10 @@ def computed(batch):
     return len(batch.prefix) + batch.input_ids.numel()
 
 
-def measure_loop(base, dataset, arguments, updates):
+def measure_loop(dataset, flags, updates, base):
     """→ what main prints, of `updates` updates after warm-up"""
-    args = train.parse_args([*arguments, "--max-steps", str(updates)])
+    args = train.parse_args(["--model", "base", *flags.split(), "--max-steps", str(updates)])
+    args.max_length = max(dataset.lengths)
     torch.manual_seed(args.seed)
     lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
     run = train.Run(args, chatglm.add_lora(base, *lora), dataset)
@@ -146,22 +156,26 @@ def measure_loop(base, dataset, arguments, updates):
         padded=sum(map(padded, batches)),
         computed=sum(map(computed, batches)),
         checkpointed=model.transformer.encoder.recomputed_layers > 0,
+        longest=f"{(run.peak_memory or 0) / 2**30:.1f}",
         note=f"warm-up {warm_up:.0f} s, loss {first:.3f}",
     )
+    fp8.drop_transposed(model)
     for layer in model.transformer.encoder.layers:
         layer._compiled_call_impl = None
-    vars(model).pop("chunk_loss", None)  # the compiled one
+        vars(layer).pop("forward_recomputed", None)  # the compiled ones
+    vars(model).pop("chunk_loss", None)
+    model.transformer._forward_pre_hooks.clear()  # of seeded dropout
     run.peft_model.unload()
     return result
 
 
-def measure_trainer(base, dataset, pad_to, checkpointing, updates):
+def measure_trainer(dataset, pad_to, checkpointing, updates, base):
     """The same for Trainer, as the tutorial uses it: 4 × 2 samples, shuffled."""
     args = train.parse_args(["--model", "base"])
     peft_model = chatglm.add_lora(
         base, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules
     )
-    model = peft_model.get_base_model()
+    model = peft_model.get_base_model().train()
     model.accepts_loss_kwargs = False
     model.transformer.encoder.recomputed_layers = (
         len(model.transformer.encoder.layers) * checkpointing
@@ -221,6 +235,7 @@ def measure_trainer(base, dataset, pad_to, checkpointing, updates):
         computed=count["padded"],
         seconds=time.perf_counter() - clock.start,
         checkpointed=checkpointing,
+        longest="",
         note="",
     )
     result["samples"] = updates * 8  # the loader collates ahead of the last step
@@ -236,7 +251,8 @@ def main():
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--system")
     parser.add_argument("--updates", type=int, default=60)
-    parser.add_argument("--only", help="measure the configurations whose name contains this")
+    only = "measure the configurations whose name contains one of these"
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help=only)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -249,8 +265,10 @@ def main():
     config.padded_vocab_size = 65024
     dtype = torch.float16 if cuda else torch.float32
     torch.manual_seed(0)
-    base = random_model(config, device, dtype)
-    weights = sum(p.numel() for p in base.parameters()) - base.get_input_embeddings().weight.numel()
+    with torch.device("meta"):
+        empty = chatglm.ChatGLMForCausalLM(config)
+    weights = sum(param.numel() for param in empty.parameters())
+    weights -= empty.get_input_embeddings().weight.numel()
     dataset = data.ConversationDataset(
         args.data, data.ChatGLMTokenizer(args.vocabulary.parent), 512, args.system
     )
@@ -264,30 +282,42 @@ def main():
     print(f"{datetime.date.today()}, {name}, {versions}")
     print(f"{weights:,} random weights besides the embedding, {str(dtype)[6:]}; ", end="")
     print(f"matrix product {ceiling / 1e12:.2f} TFLOP/s, kept up {kept_up / 1e12:.2f}\n")
-    columns = ["", "samples/s", "tokens/s", "padding", "peak GiB", "of ceiling", ""]
+    columns = ["", "samples/s", "tokens/s", "padding", "peak GiB", "longest GiB", "of ceiling", ""]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    runs = {
-        n: partial(measure_loop, base, dataset, ["--model", "base", *f.split()], args.updates)
-        for n, f in LOOPS.items()
-    }
-    runs |= {
-        n: partial(measure_trainer, base, dataset, *how, min(args.updates, 20))
-        for n, how in TRAINERS.items()
-    }
-    for name, (length, size, flags) in FULL.items() if cuda else ():
+    runs = [  # (name, base, base → what is printed)
+        (name, load_in, partial(measure_loop, dataset, flags, args.updates))
+        for name, (load_in, flags) in LOOPS.items()
+    ]
+    for name, (load_in, *how) in TRAINERS.items():
+        runs.append((name, load_in, partial(measure_trainer, dataset, *how, min(args.updates, 20))))
+    for name, (load_in, length, size, flags) in FULL.items() if cuda else ():
         split = "--batch-size 1 --gradient-accumulation-steps 1" if length > 512 else ""
-        full, arguments = (
-            RandomTokens(length, size),
-            ["--model", "base", *flags.split(), *split.split()],
-        )
         updates = size if length > 512 else size // 8
-        runs[name] = partial(measure_loop, base, full, arguments, updates)
-    for name, measure in runs.items():
-        if (args.only or "") not in name or (not cuda and name in LOOPS and name not in CPU_LOOPS):
+        measure = partial(measure_loop, RandomTokens(length, size), f"{flags} {split}", updates)
+        runs.append((name, load_in, measure))
+    order = [None, "fp8", "fp8 once", "4bit"]
+    base, loaded = None, "nothing yet"
+    for name, load_in, measure in sorted(runs, key=lambda each: order.index(each[1])):
+        is_for_cpu = load_in is None and (name in CPU_LOOPS or name not in LOOPS)
+        if not any(each in name for each in args.only or [""]) or not (cuda or is_for_cpu):
             continue
+        if load_in != loaded:
+            del base
+            gc.collect()
+            torch.manual_seed(0)
+            base = random_base(config, device, dtype, load_in and load_in.split()[0])
+            loaded = load_in
+            if load_in == "fp8 once":  # as where the device has no room for both layouts
+                fp8.store_transposed = lambda model: None
         if cuda:
+            torch._C._cuda_clearCublasWorkspaces()  # each stream of a row before has some
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        r = measure()
+        try:
+            r = measure(base)
+        except Exception as error:  # the other rows are worth measuring
+            print(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:80]} |")
+            continue
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else ""
         flops = r["computed"] * weights * (6 if r["checkpointed"] else 4)
         seconds = r["seconds"]
@@ -297,14 +327,13 @@ def main():
             f"{r['tokens'] / seconds:,.0f}",
             f"{1 - r['tokens'] / r['padded']:.0%}",
             peak,
+            r["longest"],
             f"{flops / seconds / ceiling:.0%}",
             r["note"],
         ]
         print(f"| {' | '.join(row)} |", flush=True)
         gc.collect()
         torch._dynamo.reset()
-        if cuda:
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import data
 import model as chatglm
 from data import IGNORE
 from support.errors import DataError
-from support.records import Record, RecordReader
+from support.records import Record, RecordReader, encode_texts
 from support.reports import render
 from support.samples import PackedSamples
 from support.turns import ROLES
@@ -308,7 +308,7 @@ def test_packed_samples_are_what_was_added(samples, prefix):
 def test_texts_that_are_encoded_together_are_encoded_alike(vocabulary, conversations):
     """encode_texts has every text of the records, and gives what encoding each alone gives."""
     found = [Record(0, "x:1", {}, messages) for messages in conversations]
-    ids_of = data.encode_texts(vocabulary, found)
+    ids_of = encode_texts(vocabulary, found)
     for messages in conversations:
         encoded = data.encode_conversation(vocabulary, messages, ids_of.__getitem__)
         assert encoded == data.encode_conversation(vocabulary, messages)
