@@ -36,7 +36,7 @@ def train(args):
     eval_step = run.eval_set and make_eval_step(args, run.model, run.eval_set, micro_step)
     processes.check_same_everywhere((run.identity, progress.step))
     directory = RunDirectory(args, run_args_of(args))
-    stop_signals = processes.catch_stop_signals()
+    signals = processes.Signals()
     progress.start_clock()
 
     with ProgressBar(run) as bar, directory.opened(run.checkpoint):
@@ -58,10 +58,10 @@ def train(args):
             loss, grad_norm = train_update(micro_step, update, optimizer, scaler, run.max_norm)
             progress.count(update, loss, grad_norm)  # progress.step += 1
 
-            stop_signal = stop_signals.agreed()
+            stop, save = signals.agreed()  # numbers of signals, or 0
             is_last = progress.step == run.total_steps
             must_log = progress.step % args.logging_steps == 0 or is_last
-            must_save = progress.step % args.save_steps == 0 or is_last or stop_signal
+            must_save = progress.step % args.save_steps == 0 or is_last or stop or save
             bar.update()
             # Reading a result waits for the device. So it is done only when it is needed.
             if must_log or must_save:
@@ -71,9 +71,9 @@ def train(args):
                 directory.log(metrics)
                 bar.show(metrics)
             if must_save:
-                directory.save_checkpoint(run, wait=stop_signal or is_last)
-            if stop_signal:
-                processes.exit_after_signal(stop_signal, progress.step, directory.path)
+                directory.save_checkpoint(run, wait=stop or is_last)
+            if stop:
+                processes.exit_after_signal(stop, progress.step, directory.path)
         directory.save_result(run)
     reports.report_result(run)
 
@@ -439,7 +439,7 @@ def main(argv=None):
         job(args)
         processes.close()
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # before the first update: later, StopSignals receives it
+        sys.exit(128 + signal.SIGINT)  # before the first update: later, Signals receives it
     except Exception as error:
         processes.wait_if_not_first(error)
         advice = "out of memory; try --gradient-checkpointing all, or a smaller --batch-size"

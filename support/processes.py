@@ -81,19 +81,37 @@ def check_same_everywhere(value):
         raise ValueError(f"the processes differ in {what}")
 
 
-class StopSignals:
-    """Remembers the first SIGINT or SIGTERM, so that the loop can end after its update."""
+# Windows lacks some of them.
+STOPPING = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+SAVING = getattr(signal, "SIGUSR1", None)
+
+
+class Signals:
+    """Remembers what arrives, so that the loop can answer after its update.
+
+    The first SIGINT, SIGTERM or SIGHUP (the terminal was closed) means: save and stop. SIGUSR1
+    means: save and go on. Slurm can send it before a job's time is over.
+    """
 
     def __init__(self):
-        self.received = 0
+        self.stop = self.save = 0  # the number of the signal; 0: none came
+        for number in filter(None, STOPPING):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.receive_stop)
+        if SAVING:
+            signal.signal(SAVING, self.receive_save)
 
-    def receive(self, number, frame):
+    def receive_save(self, number, frame):
+        self.save = number
+
+    def receive_stop(self, number, frame):
         """The first signal is remembered. A second one ends the program at once; with several
         processes it is ignored, because torchrun repeats what they already got."""
         rank, count = rank_and_count()
-        self.received = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN if count > 1 else signal.SIG_DFL)
+        self.stop = number
+        for each in filter(None, STOPPING):
+            if signal.getsignal(each) == self.receive_stop:
+                signal.signal(each, signal.SIG_IGN if count > 1 else signal.SIG_DFL)
         if rank == 0:
             again = "; again to stop at once" if count == 1 else ""
             what = "stopping after this update, or this evaluation and an update"
@@ -101,19 +119,15 @@ class StopSignals:
                 os.write(2, f"\n{what}{again}\n".encode())
 
     def agreed(self):
-        """→ the signal that any process received, 0 for none.
+        """→ (the signal to stop, the signal to save) that any process received, 0 for none.
 
         It waits for the other processes, but for no GPU.
         """
-        return int(largest(self.received))
-
-
-def catch_stop_signals():
-    """→ StopSignals, which receive SIGINT and SIGTERM from now on"""
-    signals = StopSignals()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signals.receive)
-    return signals
+        saving, self.save = self.save, 0  # each one is answered once
+        numbers = torch.tensor([self.stop, saving])
+        if dist.is_initialized():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return tuple(numbers.tolist())
 
 
 def exit_after_signal(number, step, output_dir):

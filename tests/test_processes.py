@@ -3,6 +3,7 @@
 python -m pytest -q tests/test_processes.py
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ from conftest import (
 import model as chatglm
 from support.checkpoints import is_intact, list_checkpoints
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 # --- signals ----------------------------------------------------------------------------------
@@ -66,6 +67,59 @@ def test_a_second_signal_ends_at_once(tmp_path, start, number):
     os.kill(process.pid, number)
     process.join(10)
     assert process.exitcode == -number and not list_checkpoints(out)
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path, start):
+    """Slurm can send it before the time of a job is over."""
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    arguments = [*LONG, "--save-steps", 1000, "--output-dir"]
+    finish(start(*arguments, undisturbed))
+    process = start(*arguments, out)
+    wait_for(lambda: has_metrics(out), process)
+    os.kill(process.pid, signal.SIGUSR1)
+    wait_for(lambda: list_checkpoints(out), process)
+    saved = list_checkpoints(out)[0]
+    assert "stopped" not in finish(process) and outcome(out) == outcome(undisturbed)
+    assert is_intact(saved) and saved.name != "checkpoint-30"
+
+
+def in_a_terminal_that_is_closed(out, *wrapper):
+    """Starts a run in a pseudo-terminal, closes that, and waits for the end. → the exit code"""
+    shown, terminal = os.openpty()
+    command = [*wrapper, sys.executable, ROOT / "train.py", *LONG, "--save-steps", 1000]
+    options = dict(stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    make_it_control = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    make_it_control += "os.execvp(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", make_it_control, *map(str, command)]
+    process = subprocess.Popen([*command, "--device", "cpu", "--output-dir", out], **options)
+    os.close(terminal)
+    os.set_blocking(shown, False)
+
+    def has_begun():
+        with contextlib.suppress(OSError):  # nothing to read, or nohup has left the terminal
+            os.read(shown, 4096)  # else the terminal fills, and the run waits for its reader
+        return has_metrics(out)
+
+    wait_for(has_begun, process)
+    os.close(shown)
+    return process.wait(60)
+
+
+def test_closing_the_terminal_saves_and_stops(tmp_path, start):
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    arguments = [*LONG, "--save-steps", 1000, "--output-dir"]
+    finish(start(*arguments, undisturbed))
+    assert in_a_terminal_that_is_closed(out) == 128 + signal.SIGHUP
+    assert is_intact(list_checkpoints(out)[0])
+    finish(start(*arguments, out, "--resume"))
+    assert outcome(out) == outcome(undisturbed)
+
+
+def test_nohup_goes_on_when_the_terminal_is_closed(tmp_path, monkeypatch):
+    """nohup ignores SIGHUP for the command that it starts."""
+    monkeypatch.chdir(tmp_path)  # where nohup.out goes
+    assert in_a_terminal_that_is_closed(tmp_path / "out", "nohup") == 0
+    assert list_checkpoints(tmp_path / "out")[-1].name == "checkpoint-30"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
