@@ -33,7 +33,7 @@ PLAIN_LORA = {
     "use_dora": bool,
     "init_lora_weights": bool | str,
     "target_modules": list | str,
-    "exclude_modules": list,
+    "exclude_modules": list | str,
     "modules_to_save": list,
     "layers_to_transform": list | int,
     "layers_pattern": list | str,
@@ -151,6 +151,9 @@ def read_adapter(file):
     if not all(torch.is_tensor(value) and value.is_floating_point() for value in values):
         what = "holds other things than tensors of floating-point numbers"
         raise ValueError(f"{file.name} {what}")
+    if bad := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
+        what = f"{file.name} holds numbers that are not finite, in {first_few(bad)}"
+        raise ValueError(f"{what}; copy it again, or train it again")
     config = file.with_name("adapter_config.json").read_text("utf-8")
     return tensors, plain_config(json.loads(config))
 

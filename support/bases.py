@@ -41,6 +41,11 @@ def resolve_base(name):
     Raises ValueError if it is neither.
     """
     if name and Path(name).is_dir():
+        if Path(name, "adapter_config.json").exists():
+            give = (
+                "infer.py takes it as --adapter, train.py as --init-adapter, and a base as --model"
+            )
+            raise ValueError(f"{name} is an adapter, not a base: {give}")
         return str(Path(name).resolve())
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         what = "is neither a directory nor a hub id"
@@ -138,8 +143,12 @@ def make_random_weights(directory, model_class, config_class):
         torch.manual_seed(0)
         model = model_class(config_class.from_pretrained(str(directory)))
     part = file.with_name(f"{file.name}.{os.getpid()}")  # other processes may make it too
-    part.write_bytes(as_bytes(model.state_dict()))
-    os.replace(part, file)
+    try:
+        part.write_bytes(as_bytes(model.state_dict()))
+        os.replace(part, file)
+    except OSError as error:
+        what = f"the built-in model can't be written to {directory}: {error.strerror}"
+        raise ValueError(f"{what}; give --model, or use a copy of the project") from error
 
 
 # --- checking its files -----------------------------------------------------------------------

@@ -33,12 +33,14 @@ def parse_args(argv=None):
     add("--batch-size", type=number(1, 2**16), default=16, help="records answered together")
     add("--max-new-tokens", type=number(1, 2**20), default=128, help="limit of an answer")
     add("--greedy", action="store_true", help="always the likeliest token, nothing random")
-    add("--temperature", type=number(0.01, 100), default=0.8, help="the higher, the more varied")
+    temperature = "the higher, the more varied; 0: --greedy"
+    add("--temperature", type=number(0.0, 100.0), default=0.8, help=temperature)
     add("--top-k", type=number(1, 2**20), help="draw from this many likeliest tokens only")
     add("--top-p", type=number(1e-6, 1), default=0.8, help="draw from the likeliest up to this sum")
     add("--repetition-penalty", type=number(0.01, 100), default=1.0, help="above 1: repeats less")
     add("--seed", type=number(0, 2**63 - 1), help="makes what is drawn repeatable")
     args = parser.parse_args(argv)
+    args.greedy |= args.temperature == 0
     merge = args.merge_to is not None
     compare_fails = args.compare and (args.prompt is None or args.no_adapter)
     for is_wrong, message in (

@@ -85,11 +85,26 @@ def describe_run(run, tokenizer):
         system = trained_with(args.init_adapter).system
         note = f"; it was trained with the system message {system!r}" if system else ""
         print(f"         starting from {args.init_adapter}{note if system != args.system else ''}")
+    for warning in pointless(args, run.total_steps):
+        print(f"         warning: {warning}")
     size = f"{args.batch_size} × {args.gradient_accumulation_steps} samples"
     processes = rank_and_count()[1]
     size += f" × {processes} processes" if processes > 1 else ""
     print(f"updates  {run.total_steps:,}, each of {size}")
     print(f"         attention: {attention_kernel(run.model)} kernel", flush=True)
+
+
+def pointless(args, total_steps):
+    """→ sentences about flags with which the run learns nothing, or less than it could"""
+    told = []
+    if args.learning_rate == 0:
+        told.append("--learning-rate 0: nothing is learnt")
+    if args.lora_alpha == 0:
+        told.append("--lora-alpha 0: LoRA's output is multiplied by 0, so nothing is learnt")
+    if isinstance(args.warmup_steps, int) and args.warmup_steps >= total_steps:
+        end = f"the run has {total_steps:,} updates, so the learning rate never reaches its peak"
+        told.append(f"--warmup-steps {args.warmup_steps}: {end}")
+    return told
 
 
 def describe_unused(dataset):

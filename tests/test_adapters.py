@@ -160,6 +160,7 @@ def test_adapters_in_peft_s_older_file(base, adapter, tmp_path):
         {"target_modules": "("},
         {"target_modules": [CATASTROPHIC]},
         {"exclude_modules": [CATASTROPHIC]},
+        {"exclude_modules": CATASTROPHIC},
         {"modules_to_save": [CATASTROPHIC]},
         {"layers_to_transform": [1], "layers_pattern": CATASTROPHIC},
     ],
@@ -202,6 +203,21 @@ def test_adapters_that_do_not_fit_are_refused(base, adapter, change, message):
     with pytest.raises(ValueError, match="this adapter was not trained on this model") as error:
         chatglm.load_adapter(base, adapter)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [min, max])
+def test_one_number_that_is_not_finite_is_refused_by_name(base, adapter, which, value):
+    names = []
+
+    def change(weights):
+        names.append(which(weights))
+        weights[names[0]].view(-1)[-1] = value
+
+    edit_tensors(adapter, change)
+    with pytest.raises(ValueError, match="holds numbers that are not finite, in ") as error:
+        chatglm.load_adapter(base, adapter)
+    assert names[0] in str(error.value) and str(adapter) in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 python -m pytest -q tests/test_bases.py
 """
 
+import errno
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ANSWER, FIXTURES, QUESTION, adapter_of, refused_by_infer, run
+from conftest import ANSWER, FIXTURES, QUESTION, adapter_of, refused, refused_by_infer, run
 
 import data
 import infer
@@ -190,3 +191,25 @@ def test_what_an_adapter_says_of_its_tools_may_be_damaged(tmp_path, tools):
         return
     with pytest.raises(ValueError, match="training_args.json: damaged; copy it again"):
         bases.trained_with(tmp_path)
+
+
+def test_an_adapter_in_place_of_a_base_is_told(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for told in (
+        refused(capsys, "--model", tmp_path, "--output-dir", tmp_path / "out"),
+        refused_by_infer(capsys, "--model", tmp_path, "--prompt", "q"),
+    ):
+        assert f"{tmp_path} is an adapter, not a base: infer.py takes it as --adapter" in told
+
+
+def test_a_built_in_model_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text((chatglm.BUILT_IN / "config.json").read_text())
+    monkeypatch.setattr(chatglm, "BUILT_IN", tmp_path)
+
+    def replace(*paths):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", replace)
+    told = refused(capsys, "--output-dir", tmp_path / "out")
+    what = f"the built-in model can't be written to {tmp_path}: Permission denied"
+    assert f"{what}; give --model, or use a copy of the project" in told

@@ -392,6 +392,12 @@ def test_a_seed_makes_an_answer_repeatable(trained, capsys):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_temperature_0_is_greedy(trained, capsys):
+    adapter, device = trained
+    common = ["--adapter", adapter, "--device", device, "--prompt", QUESTION]
+    assert said(capsys, *common, "--temperature", 0) == said(capsys, *common, "--greedy")
+
+
 def test_compare_prints_both_answers(trained, capsys):
     adapter, device = trained
     common = ["--adapter", adapter, "--device", device, "--prompt", QUESTION, "--seed", 1]

@@ -378,6 +378,21 @@ def test_compiling_without_a_compiler_is_told_before_anything_is_written(tmp_pat
     assert "error: --compile: " in errors[0] and "leave it out" in errors[0]
 
 
+@pytest.mark.parametrize(
+    "flags, warning",
+    [
+        (["--learning-rate", 0], "--learning-rate 0: nothing is learnt"),
+        (["--lora-alpha", 0], "--lora-alpha 0: LoRA's output is multiplied by 0"),
+        (["--warmup-steps", 2], "--warmup-steps 2: the run has 2 updates, so the learning rate"),
+        (["--warmup-steps", 1], None),
+    ],
+)
+def test_flags_with_which_nothing_is_learnt_are_told(tmp_path, capsys, flags, warning):
+    train_main("--max-steps", 2, "--output-dir", tmp_path, *flags)
+    told = capsys.readouterr().out
+    assert f"warning: {warning}" in told if warning else "warning" not in told
+
+
 def test_help_shows_every_default():
     done = run("train.py", "--help")
     shown = " ".join(done.stdout.split())
