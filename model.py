@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from support import adapters, fp8
-from support.bases import check_files, loading_options, make_random_weights
+from support.bases import check_files, check_finite, loading_options, make_random_weights
 from support.config import IGNORE, ChatGLMConfig
 from support.devices import has_grouped_attention
 from support.errors import first_few, one_line
@@ -377,15 +377,15 @@ def load_model(path, device="auto", dtype="auto", load_in=None):
 
     device: auto, cpu or cuda; dtype: auto (fp16 on CUDA, fp32 on a CPU), fp16, bf16 or fp32;
     load_in: None, or 4bit (NF4) or fp8 (e4m3), for the blocks' matrices. Raises ValueError if the
-    device or bitsandbytes is missing, or loading fails.
+    device or bitsandbytes is missing, loading fails, or a weight is not finite.
     """
     options = loading_options(device, dtype, load_in)
     if options["device_map"] == "cpu" and str(path) == str(BUILT_IN):
         torch.set_num_threads(1)  # its matrices are too small for several threads to help
     if load_in == "fp8":  # on the CPU first: the device may have no room for the fp16 weights
         model = ChatGLMForCausalLM.from_pretrained(path, **options | {"device_map": "cpu"})
-        return fp8.quantise_blocks(model, options["device_map"])
-    return ChatGLMForCausalLM.from_pretrained(path, **options)
+        return fp8.quantise_blocks(check_finite(model), options["device_map"])
+    return check_finite(ChatGLMForCausalLM.from_pretrained(path, **options))
 
 
 # --- LoRA -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from support.checkpoints import list_checkpoints
 from support.config import ADAPTER_DIR, DTYPES
 from support.devices import check_float8, find_device
+from support.errors import first_few
 from support.files import as_bytes, check_no_lfs_pointer, read_json
 
 SIZES = (
@@ -165,6 +166,20 @@ def check_files(path):
         for name in json.loads(index.read_text("utf-8"))["weight_map"].values():
             if not isinstance(name, str) or Path(name).name != name:
                 raise ValueError(f"{index.name} names a file that is not beside it: {name!r}")
+
+
+def check_finite(model):
+    """→ the model. Raises ValueError with the names of the weights that are not finite."""
+    values = {}
+    for name, param in model.named_parameters():
+        in_4bit = getattr(param, "quant_state", None)  # it has the largest number of each block
+        values[name] = in_4bit.absmax if in_4bit else param.detach()
+    largest = [torch.linalg.vector_norm(value, torch.inf).float() for value in values.values()]
+    are_finite = torch.stack(largest).isfinite().tolist()  # one transfer from the device
+    if bad := [name for name, is_finite in zip(values, are_finite, strict=True) if not is_finite]:
+        what = f"it holds numbers that are not finite, in {first_few(bad)}"
+        raise ValueError(f"{model.name_or_path}: {what}; copy it again")
+    return model
 
 
 # --- telling one base from another ------------------------------------------------------------

@@ -189,8 +189,10 @@ def write_shards(weights, checkpoint, name, save):
     return json.dumps({"metadata": {}, "weight_map": index})
 
 
-@pytest.mark.parametrize("layout", ["bin", "bin shards", "safetensors shards"])
-def test_every_layout_gives_the_same_weights(base, checkpoint, layout):
+LAYOUTS = ["bin", "bin shards", "safetensors shards"]
+
+
+def change_layout(checkpoint, layout):
     weights = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     if layout == "bin":
@@ -203,6 +205,11 @@ def test_every_layout_gives_the_same_weights(base, checkpoint, layout):
         name = "model-{:05}-of-00002.safetensors"
         index = write_shards(weights, checkpoint, name, lambda *a: save_file(*a, {"format": "pt"}))
         (checkpoint / "model.safetensors.index.json").write_text(index)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_weights(base, checkpoint, layout):
+    change_layout(checkpoint, layout)
     loaded = chatglm.load_model(checkpoint, "cpu").state_dict()
     assert loaded.keys() == base.state_dict().keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in base.state_dict().items())
@@ -230,6 +237,21 @@ def test_incomplete_checkpoints_are_refused_by_name(checkpoint, change, message)
     with pytest.raises(ValueError, match="not a complete ChatGLM3 checkpoint") as error:
         chatglm.load_model(checkpoint, "cpu")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("layout", ["safetensors", *LAYOUTS])
+@pytest.mark.parametrize("load_in", [None, "fp8", "4bit"])
+@pytest.mark.parametrize("name", [QKV, "transformer.output_layer.weight"])
+def test_one_weight_that_is_not_finite_is_refused_by_name(checkpoint, value, layout, load_in, name):
+    if load_in == "4bit":
+        pytest.importorskip("bitsandbytes", reason="needs requirements-quantization.txt")
+    edit_weights(checkpoint, lambda weights: weights[name][3, 5].fill_(value))
+    if layout != "safetensors":
+        change_layout(checkpoint, layout)
+    with pytest.raises(ValueError, match="it holds numbers that are not finite, in ") as error:
+        chatglm.load_model(checkpoint, "cpu", load_in=load_in)
+    assert f"in {name}; copy it again" in str(error.value)
 
 
 def test_damaged_and_absent_files_are_refused(checkpoint):
