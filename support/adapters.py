@@ -48,14 +48,15 @@ PLAIN_LORA = {
 def check_dora(model):
     """Raises ValueError if DoRA can't work on the model. peft takes the norms of the weights."""
     if float8_layers(model):
-        raise ValueError("DoRA does not work with --load-in fp8; use 4bit, or leave --load-in out")
+        raise CannotUse("DoRA does not work with --load-in fp8; use 4bit, or leave --load-in out")
 
 
 def check_whole(modules, names):
     """Raises ValueError if one of these modules can't be trained whole: --load-in quantised it."""
     for name in names:
         if any(param.dtype.itemsize == 1 for param in modules[name].parameters()):
-            raise ValueError(f"{name} is quantised by --load-in, and can't be trained whole")
+            what = f"{name} is quantised by --load-in, and can't be trained whole"
+            raise CannotUse(f"{what}; leave --load-in out")
 
 
 def check_targets(model, target_modules, modules_to_save, dora=False):
@@ -114,6 +115,10 @@ class Mismatch(ValueError):
     """Tensors that the model or the configuration has no place for."""
 
 
+class CannotUse(ValueError):
+    """What the files hold can be read, and can't be used."""
+
+
 @contextlib.contextmanager
 def told_of(directory):
     """Raises every error in it as a ValueError that names the adapter's directory."""
@@ -122,6 +127,8 @@ def told_of(directory):
     except Mismatch as error:
         what = "this adapter was not trained on this model"
         raise ValueError(f"{directory}: {what}: {error}") from error
+    except CannotUse as error:
+        raise ValueError(f"{directory}: {error}") from error
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise ValueError(f"{directory}: cannot read this adapter: {one_line(error)}") from error
 
@@ -151,9 +158,6 @@ def read_adapter(file):
     if not all(torch.is_tensor(value) and value.is_floating_point() for value in values):
         what = "holds other things than tensors of floating-point numbers"
         raise ValueError(f"{file.name} {what}")
-    if bad := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
-        what = f"{file.name} holds numbers that are not finite, in {first_few(bad)}"
-        raise ValueError(f"{what}; copy it again, or train it again")
     config = file.with_name("adapter_config.json").read_text("utf-8")
     return tensors, plain_config(json.loads(config))
 
@@ -263,7 +267,8 @@ def _of_module(by_name, path, default):
 
 
 def check_tensors(tensors, wanted):
-    """Raises Mismatch if the names or shapes in {name: tensor} are not the wanted ones."""
+    """Raises Mismatch if the names or shapes in {name: tensor} are not the wanted ones, and
+    CannotUse if a number is not finite."""
     different = [
         (name, tensors[name].shape, wanted[name].shape)
         for name in tensors.keys() & wanted.keys()
@@ -272,6 +277,9 @@ def check_tensors(tensors, wanted):
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if faults := key_faults(missing, different, unknown):
         raise Mismatch(first_few(faults))
+    if bad := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
+        what = f"it holds numbers that are not finite, in {first_few(bad)}"
+        raise CannotUse(f"{what}; copy it again, or train it again")
 
 
 def key_faults(missing_keys, mismatched_keys, unexpected_keys, **rest):

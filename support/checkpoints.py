@@ -255,7 +255,9 @@ def restore(run):
         state = json.loads((checkpoint / "training_state.json").read_text("utf-8"))
         # A flag that the checkpoint does not know is newer than it, and was at its default.
         old = {flag_of(name): value for name, value in defaults().items()} | state["run"]
-        new = run.identity
+        base = old["--model"]  # its fingerprint; of a quantised one, some digests are None
+        known = {n: v for n, v in run.identity["--model"].items() if v and base.get(n)}
+        new = run.identity | {"--model": base | known}
         changed = [name for name in new if old.get(name) != new[name]]
     except Exception as error:  # whatever the readers raise on a file that train.py didn't write
         raise ValueError(f"{not_ours}: {one_line(error)}") from error

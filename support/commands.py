@@ -86,7 +86,7 @@ def add_device_flags(add, dtype="of the base and autocast; auto: fp16 on CUDA, e
 
 
 def add_load_in_flag(add):
-    kinds = "4bit needs bitsandbytes, fp8 a card of compute capability 8.9 or more, or a CPU"
+    kinds = "4bit with bitsandbytes; fp8 on cards of compute capability 8.9 or more, slow on a CPU"
     add("--load-in", choices=("4bit", "fp8"), help=f"quantise the base: {kinds}")
 
 

@@ -156,7 +156,7 @@ def measure_loop(dataset, flags, updates, base):
         padded=sum(map(padded, batches)),
         computed=sum(map(computed, batches)),
         checkpointed=model.transformer.encoder.recomputed_layers > 0,
-        longest=f"{(run.peak_memory or 0) / 2**30:.1f}",
+        longest=f"{run.peak_memory / 2**30:.1f}" if run.peak_memory else "",
         note=f"warm-up {warm_up:.0f} s, loss {first:.3f}",
     )
     fp8.drop_transposed(model)
