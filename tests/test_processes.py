@@ -24,6 +24,7 @@ from conftest import (
     outcome,
     refused,
     start_several,
+    train_main,
     wait_for,
     write_jsonl,
 )
@@ -36,12 +37,19 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 # --- signals ----------------------------------------------------------------------------------
 
+SAVES_LITTLE = [*LONG, "--save-steps", 1000]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed") / "out"
+    train_main(*SAVES_LITTLE, "--device", "cpu", "--output-dir", directory)
+    return outcome(directory)
+
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_the_run_after_its_update_and_saves(tmp_path, start, number):
-    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    arguments = [*LONG, "--save-steps", 1000, "--output-dir"]
-    finish(start(*arguments, undisturbed))
+def test_a_signal_ends_the_run_after_its_update_and_saves(tmp_path, start, undisturbed, number):
+    out, arguments = tmp_path / "out", [*SAVES_LITTLE, "--output-dir"]
     process = start(*arguments, out)
     wait_for(lambda: has_metrics(out), process)
     os.kill(process.pid, number)
@@ -50,7 +58,7 @@ def test_a_signal_ends_the_run_after_its_update_and_saves(tmp_path, start, numbe
     assert [path.name for path in list_checkpoints(out)] == [f"checkpoint-{step}"]
     told = finish(start(*arguments, out, "--resume"))
     assert f"checkpoint-{step}, {step} of 30 updates done" in told
-    assert outcome(out) == outcome(undisturbed)
+    assert outcome(out) == undisturbed
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -69,24 +77,22 @@ def test_a_second_signal_ends_at_once(tmp_path, start, number):
     assert process.exitcode == -number and not list_checkpoints(out)
 
 
-def test_sigusr1_saves_and_goes_on(tmp_path, start):
+def test_sigusr1_saves_and_goes_on(tmp_path, start, undisturbed):
     """Slurm can send it before the time of a job is over."""
-    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    arguments = [*LONG, "--save-steps", 1000, "--output-dir"]
-    finish(start(*arguments, undisturbed))
+    out, arguments = tmp_path / "out", [*SAVES_LITTLE, "--output-dir"]
     process = start(*arguments, out)
     wait_for(lambda: has_metrics(out), process)
     os.kill(process.pid, signal.SIGUSR1)
     wait_for(lambda: list_checkpoints(out), process)
     saved = list_checkpoints(out)[0]
-    assert "stopped" not in finish(process) and outcome(out) == outcome(undisturbed)
+    assert "stopped" not in finish(process) and outcome(out) == undisturbed
     assert is_intact(saved) and saved.name != "checkpoint-30"
 
 
 def in_a_terminal_that_is_closed(out, *wrapper):
     """Starts a run in a pseudo-terminal, closes that, and waits for the end. → the exit code"""
     shown, terminal = os.openpty()
-    command = [*wrapper, sys.executable, ROOT / "train.py", *LONG, "--save-steps", 1000]
+    command = [*wrapper, sys.executable, ROOT / "train.py", *SAVES_LITTLE]
     options = dict(stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
     make_it_control = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     make_it_control += "os.execvp(sys.argv[1], sys.argv[1:])"
@@ -105,14 +111,12 @@ def in_a_terminal_that_is_closed(out, *wrapper):
     return process.wait(60)
 
 
-def test_closing_the_terminal_saves_and_stops(tmp_path, start):
-    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    arguments = [*LONG, "--save-steps", 1000, "--output-dir"]
-    finish(start(*arguments, undisturbed))
+def test_closing_the_terminal_saves_and_stops(tmp_path, start, undisturbed):
+    out, arguments = tmp_path / "out", [*SAVES_LITTLE, "--output-dir"]
     assert in_a_terminal_that_is_closed(out) == 128 + signal.SIGHUP
     assert is_intact(list_checkpoints(out)[0])
     finish(start(*arguments, out, "--resume"))
-    assert outcome(out) == outcome(undisturbed)
+    assert outcome(out) == undisturbed
 
 
 def test_nohup_goes_on_when_the_terminal_is_closed(tmp_path, monkeypatch):
