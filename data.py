@@ -258,7 +258,7 @@ def longest_and_supervised(samples):
     return max(lengths), sum(int((labels[1:] != IGNORE).sum()) for _, labels in samples)
 
 
-def collate(samples, prefix_length=0, least=(0, 0)):
+def collate(samples, prefix_length=0, sizes=None):
     """[(input_ids, labels)] → MicroBatch. Three rows, drawn with T = 8 and P = 2:
 
         p p a a a a a a
@@ -273,10 +273,10 @@ def collate(samples, prefix_length=0, least=(0, 0)):
     predicts label t + 1. `predicting` is padded to a multiple of 128 (256 from 1,024 on …),
     with number 0 and target -100. So there are few different shapes, and few CUDA graphs.
 
-    least: padded as if the longest row had this many tokens, and this many were supervised
+    sizes: longest_and_supervised of these samples, or larger numbers to pad to
     """
     P = prefix_length if len(samples) > 1 else 0  # one row has nothing to share
-    longest, supervised = map(max, longest_and_supervised(samples), least)
+    longest, supervised = sizes or longest_and_supervised(samples)
     T = round_up(longest, 8, 16)  # tensor cores want multiples of 8
     input_ids = torch.stack([F.pad(ids, (0, T - len(ids))) for ids, _ in samples])
     next_labels = torch.stack(
@@ -309,21 +309,21 @@ class Update(NamedTuple):
 def make_update(epoch, batch_size, prefix_length, samples):
     """[(input_ids, labels)] of a whole update → Update
 
-    All micro-batches that the processes compute in one turn get the same shape. So the processes
-    capture CUDA graphs together. Rows of padding complete the last micro-batch, if they are at most
-    an eighth of all rows.
+    Micro-batches that the processes compute in one turn get the same shape. So they capture graphs
+    together. Rows of padding complete the last micro-batch: at most an eighth of all rows.
     """
     total, tokens = len(samples), sum(len(input_ids) for input_ids, _ in samples)
-    _, supervised = longest_and_supervised(samples)
     missing, (rank, count) = -len(samples) % batch_size, rank_and_count()
     if 8 * missing <= len(samples) + missing:
         padding = (torch.zeros(1, dtype=torch.long), torch.tensor([IGNORE]))  # without a target
         samples = [*samples, *[padding] * missing]
-    micro_batches = []
-    for turn in in_parts(in_parts(samples, batch_size), count):
+    parts, micro_batches = in_parts(samples, batch_size), []
+    sizes = [longest_and_supervised(part) for part in parts]
+    supervised = sum(number for _, number in sizes)
+    for turn, sizes_of_turn in zip(in_parts(parts, count), in_parts(sizes, count), strict=True):
         if rank < len(turn):
-            least = tuple(map(max, zip(*map(longest_and_supervised, turn), strict=True)))
-            micro_batches.append(collate(turn[rank], prefix_length, least))
+            largest = [max(each) for each in zip(*sizes_of_turn, strict=True)]
+            micro_batches.append(collate(turn[rank], prefix_length, largest))
     return Update(epoch, micro_batches, total, tokens, supervised)
 
 

@@ -62,12 +62,12 @@ def add_up(tensor):
         dist.all_reduce(tensor)
 
 
-def largest(number):
-    """→ the largest of the processes' numbers"""
-    number = torch.tensor(number, dtype=torch.float64)
+def largest(numbers):
+    """A number, or a list of them → the largest of the processes', at each place"""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
     if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
 
 
 def check_same_everywhere(value):
@@ -82,7 +82,7 @@ def check_same_everywhere(value):
 
 
 # Windows lacks some of them.
-STOPPING = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 SAVING = getattr(signal, "SIGUSR1", None)
 
 
@@ -95,7 +95,7 @@ class Signals:
 
     def __init__(self):
         self.stop = self.save = 0  # the number of the signal; 0: none came
-        for number in filter(None, STOPPING):
+        for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.receive_stop)
         if SAVING:
@@ -109,7 +109,7 @@ class Signals:
         processes it is ignored, because torchrun repeats what they already got."""
         rank, count = rank_and_count()
         self.stop = number
-        for each in filter(None, STOPPING):
+        for each in STOPPING:
             if signal.getsignal(each) == self.receive_stop:
                 signal.signal(each, signal.SIG_IGN if count > 1 else signal.SIG_DFL)
         if rank == 0:
@@ -124,10 +124,7 @@ class Signals:
         It waits for the other processes, but for no GPU.
         """
         saving, self.save = self.save, 0  # each one is answered once
-        numbers = torch.tensor([self.stop, saving])
-        if dist.is_initialized():
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return tuple(numbers.tolist())
+        return tuple(map(int, largest([self.stop, saving])))
 
 
 def exit_after_signal(number, step, output_dir):

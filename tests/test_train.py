@@ -442,9 +442,9 @@ def test_a_system_message_computed_once_or_in_each_sample(tmp_path, monkeypatch,
     once, _ = run_training(tmp_path / "once", *flags, device=device)
     lengths, collate = [], data.collate
 
-    def collate_each(samples, prefix_length, least=(0, 0)):
+    def collate_each(samples, prefix_length, sizes=None):
         lengths.append(prefix_length)
-        return collate(samples, 0, least)
+        return collate(samples, 0, sizes)
 
     monkeypatch.setattr(data, "collate", collate_each)
     in_each, _ = run_training(tmp_path / "each", *flags, device=device)

@@ -31,6 +31,7 @@ from random_checkpoint import random_base, random_model
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import infer
 import model as chatglm
+from support.memory import wait_for
 
 PROMPT = 64
 RUNS = {  # name: (rows, how Decoder is made, how the base is loaded); None: transformers
@@ -52,11 +53,6 @@ RUNS = {  # name: (rows, how Decoder is made, how the base is loaded); None: tra
 ON_A_CPU = {"eager, batch 1", "compiled, batch 1", "eager, batch 16", *list(RUNS)[5:7]}
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def copy_rate(device):
     """Bytes a second, read and written, of the best of some copies."""
     source = torch.empty(
@@ -64,10 +60,10 @@ def copy_rate(device):
     )
     target, best = torch.empty_like(source), float("inf")
     for _ in range(20):
-        synchronize(device)
+        wait_for(device)
         start = time.perf_counter()
         target.copy_(source)
-        synchronize(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - start)
     return 2 * source.nbytes / best
 
@@ -143,7 +139,7 @@ def times_of_tokens(model, rows, how, count, again):
             def stamp(
                 _, logits, times=times
             ):  # every token's logits pass here; a reader of the text would wait too
-                synchronize(model.device)
+                wait_for(model.device)
                 times.append(time.perf_counter())
                 return logits
 
@@ -217,7 +213,7 @@ def main():
             model, loaded = random_base(config, device, torch.float16, load_in).eval(), load_in
             weights = sum(p.nbytes for p in model.parameters())
             weights -= model.get_input_embeddings().weight.nbytes
-        synchronize(device)
+        wait_for(device)
         start, first, later = times_of_tokens(model, rows, how, args.tokens, again=2)
         gaps = [b - a for a, b in itertools.pairwise(later)]
         steps = len(gaps) / sum(gaps)

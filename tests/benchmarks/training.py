@@ -26,6 +26,7 @@ import data
 import model as chatglm
 import train
 from support import fp8
+from support.memory import timed, wait_for
 
 EIGHT = "--batch-size 8 --gradient-accumulation-steps 1"
 ALL = "--gradient-checkpointing all"
@@ -93,24 +94,12 @@ def matmul_flops(device, dtype, size):
     The first is the ceiling. Within seconds a GPU slows down, to keep within its power.
     """
     a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    wait_for(device)
     best = min(timed(lambda: a @ b, device) for _ in range(8))
     many = max(1, round(3 / best))
     return 2 * size**3 / best, 2 * size**3 * many / timed(
         lambda: [torch.mm(a, b, out=c) for _ in range(many)], device
     )
-
-
-def timed(work, device):
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def padded(batch):
@@ -147,6 +136,7 @@ def measure_loop(dataset, flags, updates, base):
     warm_up = time.perf_counter() - start
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    wait_for(model.device)
     seconds = timed(all_updates, model.device)
     batches = [batch for update in todo for batch in update.micro_batches]
     result = dict(
@@ -203,7 +193,7 @@ def measure_trainer(dataset, pad_to, checkpointing, updates, base):
 
         def on_step_end(self, training_args, state, control, **kwargs):
             if state.global_step == self.warm_up:
-                synchronize(model.device)
+                wait_for(model.device)
                 count.update(samples=0, tokens=0, padded=0)
                 self.start = time.perf_counter()
 
@@ -229,7 +219,7 @@ def measure_trainer(dataset, pad_to, checkpointing, updates, base):
         ),
     )
     trainer.train()
-    synchronize(model.device)
+    wait_for(model.device)
     result = dict(
         count,
         computed=count["padded"],
