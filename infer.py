@@ -14,6 +14,9 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 
+if __name__ == "__main__":  # until told_to_user, Ctrl-C ends the program without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.nn.functional as F
 
@@ -24,6 +27,7 @@ from support.chat import chat, reply
 from support.export import check_free, merge_to
 from support.infer_flags import parse_args
 from support.preamble import Preamble, read_tools
+from support.streaming import stream_text
 
 PREFILL_TOKENS = 16384  # prefill computes so many at a time, with padding; at least one row
 
@@ -88,7 +92,8 @@ def penalise(logits, seen, penalty):
 def compile_decoding(model):
     """Compiles what a step of Decoder(compiled=True) runs. A second call compiles anew."""
     # With one row, inductor makes a matrix product a reduction, which is faster.
-    options = {"coordinate_descent_tuning": True}
+    tuning = ("coordinate_descent_tuning", "coordinate_descent_check_all_directions")
+    options = dict.fromkeys(tuning, True)
     network = model.transformer
     for layer in network.encoder.layers:
         plain = chatglm.Block.forward_one.__get__(layer)
@@ -265,21 +270,8 @@ class Assistant:
         return "\n".join(filter(None, self.split(ids)))
 
     def stream(self, new_ids, ids):
-        """Yields the pieces of text that `new_ids`, an iterable, add to the answer: see text_of.
-
-        A piece never holds a part of a character. Each id is also appended to the list `ids`.
-        """
-        shown = 0  # characters
-        for id in new_ids:
-            ids.append(id)
-            # All is decoded again, because a character may have several tokens.
-            text = self.text_of(ids)
-            if self.tokenizer.newline_id not in ids:
-                # The first line may be metadata, which is stripped. So spaces wait for the newline.
-                text = "" if text[:1].isspace() else text.rstrip()
-            yield text[shown:]
-            shown = max(shown, len(text))  # an incomplete character may disappear
-        yield self.text_of(ids)[shown:]
+        """Yields the pieces of text that `new_ids` add to the answer, and appends them to `ids`."""
+        return stream_text(self, new_ids, ids)
 
     def why_cut(self, prompt_ids, ids):
         """→ which limit ended the answer, in words; None if it ended by itself"""
@@ -364,17 +356,9 @@ def new_assistant(args, model, tokenizer, preamble):
 
 def main(argv=None):
     args = parse_args(argv)
-    commands.prepare_terminal()
-    try:
+    advice = "try --load-in 4bit, or with --input a smaller --batch-size"
+    with commands.told_to_user("infer.py", f"out of memory; {advice}"):
         run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of stdout has closed it
-        commands.discard_output(sys.stdout)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except Exception as error:
-        advice = "try --load-in 4bit, or with --input a smaller --batch-size"
-        commands.exit_with(error, "infer.py", f"out of memory; {advice}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ import sys
 import time
 from functools import partial
 
+if __name__ == "__main__":  # until told_to_user, Ctrl-C ends the program without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -165,8 +168,8 @@ def evaluate(model, dataset, batch_size, eval_step):
     """
     model.eval()
     device = model.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    one = torch.ones((), device=device)
+    exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no fp64
+    total, one = torch.zeros((), dtype=exact, device=device), torch.ones((), device=device)
     for batch in eval_bar(data.eval_batches(dataset, batch_size, device.type == "cuda")):
         total += eval_step(batch.to(device), one)
     model.train()
@@ -431,19 +434,13 @@ def eval_only(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    commands.prepare_terminal()
-    try:
+    advice = "out of memory; try --gradient-checkpointing all, or a smaller --batch-size"
+    with commands.told_to_user("train.py", advice, processes.exit_together):
         commands.check_utf8(*(sys.argv if argv is None else argv))
-        processes.start(args.device)
+        processes.start(args.device, args.timeout)
         job = eval_only if args.eval_only else dry_run if args.dry_run else train
         job(args)
         processes.close()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # before the first update: later, Signals receives it
-    except Exception as error:
-        processes.wait_if_not_first(error)
-        advice = "out of memory; try --gradient-checkpointing all, or a smaller --batch-size"
-        commands.exit_with(error, processes.named("train.py"), advice)
 
 
 if __name__ == "__main__":

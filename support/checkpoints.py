@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from support.adapters import adapter_files
 from support.config import dtype_name
@@ -39,7 +39,7 @@ from support.files import (
     sha256,
     write_new_directory,
 )
-from support.processes import rank_and_count
+from support.processes import check_shared, rank_and_count
 from support.run_args import RUN_ARGS, flag_of
 from support.train_flags import NOT_OF_THE_RUN, defaults
 
@@ -167,11 +167,14 @@ def find_checkpoint(output_dir, wanted):
     """→ the checkpoint that --resume means: "newest", or the one named.
 
     None without --resume, and where a run ended before its first checkpoint. Raises ValueError if
-    none is intact.
+    none is intact, or not all processes find the same.
     """
-    output_dir = Path(output_dir)
-    if wanted is None:
-        return None
+    found = _find_checkpoint(Path(output_dir), wanted) if wanted else None
+    check_shared(output_dir, found.name if found else "no checkpoint")
+    return found
+
+
+def _find_checkpoint(output_dir, wanted):
     if wanted != "newest":
         return _named_checkpoint(output_dir, wanted)
     checkpoint = newest_intact(output_dir)
@@ -224,8 +227,6 @@ MAY_CHANGE = (
     "tensorboard",
     "eval_data",
 )
-
-
 DIGESTS = ("--model", "--data", "--eval-data")  # not told: they are digests
 
 
@@ -287,7 +288,7 @@ def restore(run):
 
 def _read_moments(file, params):
     """→ {index of a parameter: AdamW's state for it}; empty before the first step."""
-    tensors = load_file(file)
+    tensors = load(file.read_bytes())  # load_file maps the file, and Windows then can't delete it
     moments = {}
     for i, param in enumerate(params if tensors else ()):
         shapes = {"step": (), "exp_avg": param.shape, "exp_avg_sq": param.shape}

@@ -4,9 +4,10 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 import transformers
@@ -80,8 +81,8 @@ def new_parser(description, **options):
 
 
 def add_device_flags(add, dtype="of the base and autocast; auto: fp16 on CUDA, else fp32"):
-    devices = ("auto", "cpu", "cuda")
-    add("--device", choices=devices, default="auto", help="auto: CUDA if there is one")
+    devices = "cpu, cuda, or another that torch has here, such as mps; auto: cuda if there is one"
+    add("--device", type=not_empty, default="auto", help=devices)
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
 
 
@@ -118,9 +119,14 @@ def check_utf8(*texts):
 
 
 def prepare_terminal():
-    """Keeps libraries quiet. A character that the terminal lacks becomes a question mark."""
+    """Keeps libraries quiet. A character that the terminal lacks becomes a question mark.
+
+    Lines are written at once, also into a pipe. Ctrl-C raises KeyboardInterrupt from now on.
+    """
     quiet_libraries()
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as train.py and infer.py begin
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def quiet_libraries():
@@ -179,6 +185,25 @@ def exit_with(error, program, out_of_memory):
     for line in text.splitlines():
         ErrorOutput().write(f"{program}: error: {line}\n")
     sys.exit(2)
+
+
+@contextmanager
+def told_to_user(program, out_of_memory, exit_with=exit_with):
+    """What a command does stands in this context. It ends the program for an error: see exit_with.
+
+    Ctrl-C ends it without a word. So does a reader of stdout that has gone, such as head.
+    """
+    prepare_terminal()
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output(sys.stdout)
+        sys.exit(128 + 13)  # 13: SIGPIPE, which Windows lacks
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        exit_with(error, program, out_of_memory)
 
 
 def announce_built_in_model(file):

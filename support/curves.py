@@ -10,8 +10,6 @@ import logging
 import math
 import os
 import re
-import signal
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -251,14 +249,9 @@ def main(argv=None):
     parser.add_argument("directories", nargs="+", metavar="DIR", help="--output-dir of a run")
     parser.add_argument("--output", type=Path, default="curves.png", help="the picture, a PNG")
     args = parser.parse_args(argv)
-    commands.prepare_terminal()
-    try:
+    with commands.told_to_user(PROGRAM, "out of memory"):
         commands.check_utf8(str(args.output), *args.directories)
         print(draw_runs(args.directories, args.output))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except Exception as error:
-        commands.exit_with(error, PROGRAM, "out of memory")
 
 
 if __name__ == "__main__":

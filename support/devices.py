@@ -5,15 +5,22 @@ import warnings
 import torch
 from torch.nn.attention import SDPBackend
 
+from support.errors import printable
+
 
 def find_device(wanted):
-    """auto, cpu or cuda → cpu or cuda.
+    """auto, cpu, cuda, or another device that torch has (mps, xpu, …) → the type of the device.
 
-    Raises ValueError if cuda is wanted and not there, and if the driver is too old. Training on the
-    CPU would then be a bad surprise.
+    auto is cuda or cpu. Raises ValueError if the wanted device is not there, and if the driver is
+    too old. Training on the CPU would then be a bad surprise.
     """
-    if wanted == "cpu":
-        return "cpu"
+    if wanted not in ("auto", "cuda"):
+        other = torch.accelerator.current_accelerator(check_available=True)
+        found = ["cpu", *([other.type] if other else [])]
+        if wanted not in found:
+            what = f"--device {printable(wanted)}: PyTorch finds no such device here"
+            raise ValueError(f"{what}; there is {' and '.join(found)}")
+        return wanted
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason is told below
         if torch.cuda.is_available():
@@ -36,6 +43,8 @@ def check_float8(device):
     """Raises ValueError if the device can't multiply float8 matrices. A CPU can, slowly."""
     if device == "cpu":
         return
+    if device != "cuda":
+        raise ValueError(f"--load-in fp8 needs --device cuda or cpu, not {device}")
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (8, 9):
         needs = "--load-in fp8 needs a card of compute capability 8.9 or more"

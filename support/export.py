@@ -60,6 +60,8 @@ def merge_to(model, directory, system=None):
                 shutil.copyfile(file, part / name)
         for file in part.iterdir():
             shutil.copymode(part / "config.json", file)  # safetensors' files are the owner's alone
+        if target.exists():  # it is empty; Windows replaces no directory
+            target.rmdir()
         os.replace(part, target)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)

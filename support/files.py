@@ -83,7 +83,12 @@ def write_whole(file, content):
 
 def flush_to_disk(path):
     """Waits until a file, or a directory's list of files, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:  # Windows flushes no file that is open for reading only
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():  # Windows opens none
+            return
+        raise
     os.fsync(descriptor)
     os.close(descriptor)
 
@@ -115,6 +120,11 @@ def locked(lock_file, path):
     try:
         yield
     finally:
+        was_deleted = False
         with suppress(OSError):  # before it is released: nobody else can hold it yet
             Path(lock_file).unlink()
+            was_deleted = True
         lock.release()
+        if not was_deleted:  # Windows deletes no open file. So nobody else can lose it here.
+            with suppress(OSError):
+                Path(lock_file).unlink()

@@ -1,8 +1,9 @@
 """What a run will need: `python train.py --dry-run` measures it on a few real updates.
 
-With CUDA graphs, a micro-batch runs in one of three modes, which differ in time: the first of a
-shape runs eagerly, the second is captured, later ones are replayed (train.CUDAGraphs). So the modes
-are measured one by one, and counted over the updates that the run will make.
+With CUDA graphs, a micro-batch runs in one of four modes, which differ in time: the first of a
+shape runs eagerly, which takes longest if its length is new too; the second is captured; later ones
+are replayed (train.CUDAGraphs). So the modes are measured one by one, and played through over the
+updates that the run will make.
 
 train.py passes the functions that run updates, because support/ does not import it.
 """
@@ -38,10 +39,13 @@ class Modes:
     """
 
     def __init__(self, max_graphs):
-        self.max_graphs, self.seen, self.captured = max_graphs, set(), set()
+        self.max_graphs, self.seen, self.captured, self.lengths = max_graphs, set(), set(), set()
 
     def next(self, shapes):
-        """→ eager, captured or replayed, for each micro-batch of these shapes, the next ones"""
+        """→ new, eager, captured or replayed, for each micro-batch of these shapes, the next ones
+
+        shapes: data.MicroBatch.shapes() of each
+        """
         return [self._next_one(shape) for shape in shapes]
 
     def _next_one(self, shape):
@@ -51,19 +55,42 @@ class Modes:
             self.captured.add(shape)
             return "captured"
         self.seen.add(shape)
-        return "eager"
+        is_new = shape[1] not in self.lengths  # of input_ids: libraries choose kernels for it
+        self.lengths.add(shape[1])
+        return "new" if is_new else "eager"
 
 
 class Costs(NamedTuple):
-    """Seconds of one micro-batch in each mode."""
+    """Seconds of one micro-batch: of Python in each mode, and of the device."""
 
+    new: float
     eager: float
     captured: float
     replayed: float
+    device: float
 
     def of(self, modes):
-        """→ the seconds of micro-batches that run in these modes"""
+        """→ the seconds that Python takes for micro-batches that run in these modes"""
         return sum(getattr(self, mode) for mode in modes)
+
+    def ends(self, updates, waits_every):
+        """→ at how many seconds each update ends; updates: [the modes of its micro-batches]
+
+        Python runs ahead of the device, until it waits for a result, every `waits_every` updates.
+        """
+        host = device = 0
+        ends = []
+        for number, modes in enumerate(updates, 1):
+            for mode in modes:
+                host += self.of([mode])
+                if mode in ("captured", "replayed"):  # the device can begin then
+                    device = max(device, host) + self.device
+                else:  # it works while Python launches
+                    device = max(device + self.device, host)
+            ends.append(max(host, device))
+            if number % waits_every == 0:
+                host = device = ends[-1]
+        return ends
 
 
 def measure(run_items, shapes, modes, device):
@@ -91,25 +118,29 @@ def measure(run_items, shapes, modes, device):
     while not totals or (len(totals) < 7 and sum(totals) < 3):
         totals.append(largest(timed(all_at_once, device)))  # so all processes go on, or none
     steady = statistics.median(totals) / max(1, sum(map(len, shapes)))
-    costs = Costs(eager=steady, captured=steady, replayed=steady)
+    costs = Costs(*[steady] * len(Costs._fields))
     if modes.max_graphs:
-        costs = costs._replace(captured=cost_of("captured", second, costs))
-        costs = costs._replace(eager=cost_of("eager", first, costs))
+        if found := [seconds / len(modes) for seconds, modes in second if {*modes} == {"replayed"}]:
+            costs = costs._replace(replayed=min(steady, statistics.median(found)))
+        for mode, cheaper in (("captured", "replayed"), ("eager", "captured"), ("new", "eager")):
+            measured = second if mode == "captured" else first
+            costs = costs._replace(**{mode: cost_of(mode, measured, costs, cheaper)})
     return costs
 
 
-def cost_of(mode, measured, costs):
+def cost_of(mode, measured, costs, cheaper):
     """→ the seconds of one micro-batch in this mode: the median over the items that have it
 
-    measured: [(seconds, the modes of an item's micro-batches)]; costs: of the other modes
+    measured: [(seconds, the modes of an item's micro-batches)]; costs: of the other modes;
+    cheaper: the next one, whose cost is taken if no item has this mode, or noise makes it less
     """
     found = [
         (seconds - costs.of(other for other in modes if other != mode)) / modes.count(mode)
         for seconds, modes in measured
         if mode in modes
     ]
-    # Noise can't make it cheaper than a replay.
-    return max(costs.replayed, statistics.median(found)) if found else costs.replayed
+    least = getattr(costs, cheaper)
+    return max(least, statistics.median(found)) if found else least
 
 
 def seconds_of_training(run, load, run_update, max_graphs):
@@ -147,10 +178,11 @@ def seconds_of_training(run, load, run_update, max_graphs):
     shapes_of_measured = [shapes[number] for number in measured]
     costs = measure(partial(run_updates, measured), shapes_of_measured, modes, run.device)
     modes = Modes(max_graphs)  # of the real run
-    seconds = [costs.of(modes.next(each)) for each in shapes]
-    later = seconds[len(seconds) // 2 :]
-    beyond = run.total_steps - run.progress.step - len(seconds)
-    return sum(seconds) + beyond * sum(later) / len(later)
+    ends = costs.ends(map(modes.next, shapes), waits_every=run.args.logging_steps)
+    half, beyond = len(ends) // 2, run.total_steps - run.progress.step - len(ends)
+    return (
+        ends[-1] + beyond * (ends[-1] - ends[half - 1]) / (len(ends) - half) if half else ends[-1]
+    )
 
 
 def seconds_of_evaluations(run, batches, eval_step, max_graphs):
@@ -173,7 +205,10 @@ def seconds_of_evaluations(run, batches, eval_step, max_graphs):
     costs = measure(run_batches, shapes, Modes(max_graphs), device)
     run.model.train()
     count, modes = times_due(run, run.eval_every), Modes(max_graphs)
-    seconds = [costs.of(modes.next(all_shapes)) for _ in range(min(count, 3))]
+    seconds = []
+    for _ in range(min(count, 3)):  # later ones take as long as the third
+        evaluation = ([mode] for mode in modes.next(all_shapes))
+        seconds.append(costs.ends(evaluation, waits_every=len(all_shapes))[-1])
     return sum(seconds) + (count - len(seconds)) * seconds[-1]
 
 

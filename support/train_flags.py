@@ -27,7 +27,7 @@ LORA = (
     "rslora",
     "dora",
 )
-NOT_OF_THE_RUN = ("resume", "overwrite", "dry_run", "eval_only", "adapter")
+NOT_OF_THE_RUN = ("resume", "overwrite", "dry_run", "eval_only", "adapter", "timeout")
 number = commands.number
 
 
@@ -214,6 +214,8 @@ def _add_machine_flags(add):
     add("--compile", action="store_true", help="compile: faster, after up to half a minute")
     graphs = "replay micro-steps as CUDA graphs (default: on CUDA, where that is possible)"
     add("--cuda-graphs", action=BooleanOptionalAction, help=graphs)
+    timeout = "seconds that processes wait for one of them, before it is taken to hang"
+    add("--timeout", type=number(1), default=600, metavar="SECONDS", help=timeout)
 
 
 def _add_progress_flags(add):
