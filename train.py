@@ -24,7 +24,8 @@ import data
 import model as chatglm
 from support import commands, forecast, memory, processes, reports
 from support.bases import check_same_base, find_base, fingerprint, trained_with
-from support.checkpoints import find_checkpoint, restore, run_identity
+from support.checkpoints import find_checkpoint, restore
+from support.identity import check_before_loading, run_identity
 from support.progress import Progress, ProgressBar, check_overflows, eval_bar
 from support.recomputation import recompute_all, seed_dropouts, set_up_compiler
 from support.run_directory import RunDirectory, check_output_dir
@@ -291,8 +292,6 @@ def compile_training(model):
 
 def with_cuda_graphs(args, model, micro_step, like=None):
     """→ CUDAGraphs(micro_step, like), or micro_step where graphs are impossible or not wanted"""
-    if args.cuda_graphs and model.device.type != "cuda":
-        raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
     # torch.utils.checkpoint sets the random state, which can't be captured. Compiled blocks don't.
     recomputes = model.transformer.encoder.recomputed_layers > 0 and not args.compile
     is_possible = not (recomputes or model.output_layer_has_dropout())
@@ -363,7 +362,7 @@ def prepare(args):
     check_output_dir(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume)
     path = find_base(args.model) or chatglm.built_in_model()
-    tokenizer, dataset, eval_set, model = read_inputs(args, path)
+    tokenizer, dataset, eval_set, model = read_inputs(args, path, checkpoint)
     args.base, args.tools = fingerprint(model, tokenizer.digest), dataset.reader.about_tools()
     if checkpoint:
         peft_model = chatglm.load_adapter(model, checkpoint, is_trainable=True)
@@ -383,7 +382,7 @@ def prepare(args):
     return run
 
 
-def read_inputs(args, path):
+def read_inputs(args, path, checkpoint=None):
     """→ (tokenizer, dataset to train on, dataset to evaluate or None, base); path: of the base"""
     tokenizer = data.ChatGLMTokenizer(path)
     options = (tokenizer, args.max_length, args.system, args.keys)
@@ -391,6 +390,7 @@ def read_inputs(args, path):
     eval_set = data.ConversationDataset(args.eval_data, *options) if args.eval_data else None
     if args.eval_split:
         dataset, eval_set = dataset.split(args.eval_split, args.seed)
+    check_before_loading(args, dataset, eval_set, checkpoint)
     start = time.perf_counter()
     model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
     reports.describe_base(model, path, time.perf_counter() - start)

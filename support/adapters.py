@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from support.errors import first_few, one_line
+from support.errors import first_few, one_line, warn_of_chatglm2
 from support.files import check_no_lfs_pointer
 from support.fp8 import float8_layers
 
@@ -158,8 +158,10 @@ def read_adapter(file):
     if not all(torch.is_tensor(value) and value.is_floating_point() for value in values):
         what = "holds other things than tensors of floating-point numbers"
         raise ValueError(f"{file.name} {what}")
-    config = file.with_name("adapter_config.json").read_text("utf-8")
-    return tensors, plain_config(json.loads(config))
+    config = json.loads(file.with_name("adapter_config.json").read_text("utf-8"))
+    found = plain_config(config)
+    warn_of_chatglm2(config.get("base_model_name_or_path"))
+    return tensors, found
 
 
 def plain_config(given):

@@ -9,17 +9,20 @@ import importlib.util
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file, find_adapter_config_file
 
 from support.checkpoints import list_checkpoints
 from support.config import ADAPTER_DIR, DTYPES
 from support.devices import check_float8, find_device
-from support.errors import first_few
+from support.errors import first_few, warn_of_chatglm2
 from support.files import as_bytes, check_no_lfs_pointer, read_json
 
 SIZES = (
@@ -51,7 +54,17 @@ def resolve_base(name):
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         what = "is neither a directory nor a hub id"
         raise ValueError(f"{name!r} {what}; --model takes the directory of a checkpoint")
+    check_hub()
     return name
+
+
+def check_hub():
+    """Without a network, has files read from the hub's cache at once, not after many retries."""
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=4)  # seconds
+        except Exception:  # whatever the session's library raises
+            constants.HF_HUB_OFFLINE = True
 
 
 def find_base(model, adapter_dir=None, no_adapter=False):
@@ -62,13 +75,14 @@ def find_base(model, adapter_dir=None, no_adapter=False):
 
     Raises ValueError: see resolve_base and base_of_adapter.
     """
-    if model:
-        return resolve_base(model)
     if no_adapter and adapter_dir == ADAPTER_DIR and not Path(adapter_dir).exists():
         adapter_dir = None
-    if adapter_dir is None:
+    if not model and adapter_dir is None:
         return None
-    return base_of_adapter(adapter_dir)
+    path = resolve_base(model) if model else base_of_adapter(adapter_dir)
+    with suppress(OSError, ValueError, TypeError):  # what is wrong with the file is told later
+        warn_of_chatglm2(path, read_json(base_file(path, "config.json")).get("_name_or_path"))
+    return path
 
 
 def base_of_adapter(adapter_dir):

@@ -19,7 +19,6 @@ renamed. Before it is deleted, it is renamed too. SHA256SUMS tells if it was dam
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -28,8 +27,7 @@ import torch
 from safetensors.torch import load
 
 from support.adapters import adapter_files
-from support.config import dtype_name
-from support.errors import one_line, printable
+from support.errors import one_line
 from support.files import (
     LOCK,
     as_bytes,
@@ -39,9 +37,10 @@ from support.files import (
     sha256,
     write_new_directory,
 )
+from support.identity import check_same_run
 from support.processes import check_shared, rank_and_count
-from support.run_args import RUN_ARGS, flag_of
-from support.train_flags import NOT_OF_THE_RUN, defaults
+from support.run_args import RUN_ARGS
+from support.train_flags import NOT_OF_THE_RUN
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "training_args.json")
 STATE = ("training_state.safetensors", "training_state.json", "metrics.jsonl")
@@ -207,71 +206,16 @@ def _named_checkpoint(output_dir, name):
 # --- continuing -------------------------------------------------------------------------------
 
 
-# Arguments that may change when a run is resumed: they do not affect the result, or run_identity
-# holds what matters of them in another form.
-MAY_CHANGE = (
-    *NOT_OF_THE_RUN,
-    "model",
-    "base",
-    "data",
-    "keys",
-    "tools",
-    "device",
-    "dtype",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "output_dir",
-    "save_steps",
-    "keep_checkpoints",
-    "patience",
-    "tensorboard",
-    "eval_data",
-)
-DIGESTS = ("--model", "--data", "--eval-data")  # not told: they are digests
-
-
-def run_identity(run):
-    """→ {name: value} of all that must be the same for a run to continue bit for bit"""
-    kept = {name: value for name, value in vars(run.args).items() if name not in MAY_CHANGE}
-    identity = {flag_of(name): value for name, value in kept.items()}
-    return identity | {
-        "--device": run.device.type,
-        "--dtype": dtype_name(run.model.dtype),
-        "--batch-size × --gradient-accumulation-steps × processes": run.samples_per_update,
-        "--model": run.args.base,
-        "--data": run.dataset.digest,
-        "--eval-data": run.eval_set.digest if run.eval_set else None,
-    }
-
-
 def restore(run):
     """Sets optimizer, scaler and progress of `run` as they were when run.checkpoint was written.
 
     (model.load_adapter reads the adapter, RunDirectory.opened the metrics.) Raises ValueError if
-    the checkpoint is of a run with another identity, or was not written by train.py.
+    the checkpoint is of another run, or was not written by train.py: see check_same_run.
     """
     checkpoint, optimizer = run.checkpoint, run.optimizer
-    not_ours = f"{checkpoint}: not a checkpoint of train.py"
+    check_same_run(checkpoint, run.identity)
     try:
         state = json.loads((checkpoint / "training_state.json").read_text("utf-8"))
-        # A flag that the checkpoint does not know is newer than it, and was at its default.
-        old = {flag_of(name): value for name, value in defaults().items()} | state["run"]
-        base = old["--model"]  # its fingerprint; of a quantised one, some digests are None
-        known = {n: v for n, v in run.identity["--model"].items() if v and base.get(n)}
-        new = run.identity | {"--model": base | known}
-        changed = [name for name in new if old.get(name) != new[name]]
-    except Exception as error:  # whatever the readers raise on a file that train.py didn't write
-        raise ValueError(f"{not_ours}: {one_line(error)}") from error
-    if changed:
-        told = []
-        for name in changed:
-            was, now = printable(str(old.get(name))), printable(str(new[name]))
-            told.append(name if name in DIGESTS else f"{name} was {was}, is {now}")
-        what = f"is of a run with other settings: {'; '.join(told)}"
-        advice = f"a new run can start from it with --init-adapter {shlex.quote(str(checkpoint))}, "
-        advice += "another --output-dir, and no flag of LoRA"
-        raise ValueError(f"{checkpoint} {what}; give those, or --overwrite starts over; {advice}")
-    try:
         moments = _read_moments(
             checkpoint / "training_state.safetensors", optimizer.param_groups[0]["params"]
         )
@@ -282,7 +226,8 @@ def restore(run):
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
         run.scaler.load_state_dict(state["scaler"])
     except Exception as error:
-        raise ValueError(f"{not_ours}: {one_line(error)}") from error
+        what = f"not a checkpoint of train.py: {one_line(error)}"
+        raise ValueError(f"{checkpoint}: {what}") from error
     print(f"resumed  {checkpoint}, {run.progress.step:,} of {run.total_steps:,} updates done")
 
 

@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
+
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -4,10 +4,13 @@ python -m pytest -q tests/test_bases.py
 """
 
 import errno
+import http.server
 import json
 import os
 import re
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from conftest import ANSWER, FIXTURES, QUESTION, adapter_of, refused, refused_by
 import data
 import infer
 import model as chatglm
-from support import bases
+from support import bases, errors
 from support.config import ADAPTER_DIR, DTYPES
 
 UNFINISHED = (
@@ -50,6 +53,65 @@ def test_what_is_neither_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="is neither a directory nor a hub id; --model takes"):
         bases.resolve_base(name)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("hub", ["answers", "refuses", "is silent"])
+def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(tmp_path, monkeypatch, hub):
+    """Its library would try for half a minute and more."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:  # the system accepts for it
+        if hub == "answers":
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = 9 if hub == "refuses" else server.server_port
+        monkeypatch.setattr(bases.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(bases.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(bases.constants, "HF_HUB_CACHE", str(tmp_path))
+        started = time.monotonic()
+        assert bases.resolve_base("some_one/glm") == "some_one/glm"
+        assert bases.constants.HF_HUB_OFFLINE == (hub != "answers")
+        if hub == "answers":
+            server.shutdown()
+        else:
+            with pytest.raises(ValueError, match="without a network, give the directory of a"):
+                data.ChatGLMTokenizer("some_one/glm")
+        assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("where", ["directory", "config.json", "adapter"])
+def test_chatglm2_is_told_in_one_line(tmp_path, monkeypatch, capsys, where):
+    """Its prompts have another format."""
+    errors._warn_once.cache_clear()
+    base = shutil.copytree(
+        FIXTURES / "tiny", tmp_path / ("ChatGLM2-6b" if where == "directory" else "base")
+    )
+    name = "THUDM/chatglm2-6b"
+    if where == "config.json":
+        config = json.loads((base / "config.json").read_text()) | {"_name_or_path": name}
+        (base / "config.json").write_text(json.dumps(config))
+    for _ in range(2):
+        path = bases.find_base(str(base))
+        model = chatglm.load_model(path, "cpu")
+        if where == "adapter":
+            config = json.loads((base / "adapter" / "adapter_config.json").read_text())
+            config["base_model_name_or_path"] = name
+            (base / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+        chatglm.load_adapter(model, base / "adapter")
+    assert capsys.readouterr().err.count("seems to be ChatGLM2") == 1
+
+
+def test_chatglm3_is_no_chatglm2(capsys):
+    errors._warn_once.cache_clear()
+    bases.find_base(str(FIXTURES / "tiny"))
+    chatglm.load_adapter(chatglm.load_model(FIXTURES / "tiny", "cpu"), FIXTURES / "tiny/adapter")
+    assert "ChatGLM2" not in capsys.readouterr().err
 
 
 def test_the_base_is_the_one_given_or_the_adapter_s_or_the_built_in_one(tmp_path, monkeypatch):

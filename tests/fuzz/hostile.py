@@ -11,7 +11,9 @@ tried. The strategies that draw inputs are in hostile_inputs.py.
 """
 
 import contextlib
+import faulthandler
 import functools
+import gc
 import inspect
 import os
 import re
@@ -21,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import peft
@@ -171,3 +174,50 @@ def loads_or_refuses(load):
                 assert merged(IDS).logits.shape == (1, 6, 512), "other logits, once merged"
     except ValueError as error:
         one_clear_line(error)
+
+
+BESIDE_THE_ERROR = ("built-in tiny model", "(see its SHA256SUMS): skipped", "%|")
+
+
+def runs_or_refuses(main, arguments, capsys, output=None):
+    """The command ends well, or with exit code 2 and lines that begin with its name. → those, or
+    None"""
+    capsys.readouterr()
+    try:
+        with watched(output):
+            main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        assert ended.code == 2
+        lines = capsys.readouterr().err.split("\n")
+        lines = [line for line in lines if not any(text in line for text in BESIDE_THE_ERROR)]
+        assert lines and lines.pop() == ""
+        begins = r"(train|infer)\.py: error: ."
+        assert all(re.match(begins, line) and line.isprintable() for line in lines)
+        return lines
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def in_a_child(check, *arguments):
+    """check(*arguments), in a process of its own: a library in C++ may end it without an error."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        gc.disable()  # it would touch, and so copy, all memory
+        trouble = b"the check did not end"
+        faulthandler.dump_traceback_later(120, exit=True)  # no signal stops a loop in C++
+        try:
+            check(*arguments)
+            trouble = b""
+        except BaseException:
+            trouble = traceback.format_exc().encode("utf-8", "backslashreplace")
+        finally:
+            os.write(writing, trouble[-8000:])
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        trouble = pipe.read().decode("utf-8", "replace")
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, f"the process ended with {status}"
+    assert not trouble, trouble

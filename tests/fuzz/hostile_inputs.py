@@ -9,13 +9,17 @@ import io
 import json
 import os
 import pickle
+import struct
 
+import hypothesis
 import peft
 import safetensors.torch
 import torch
 from conftest import FIXTURES
 from hypothesis import strategies as st
 
+from model import BUILT_IN, ChatGLMForCausalLM
+from support.config import ChatGLMConfig
 from support.turns import ROLES
 
 # --- texts and JSON ---------------------------------------------------------------------------
@@ -300,3 +304,150 @@ LORA |= json.loads((TINY / "adapter" / "adapter_config.json").read_text())
 # (the file's suffix, its bytes)
 adapter_weights = st.tuples(st.just("safetensors"), safetensors_files(ADAPTER))
 adapter_weights |= st.tuples(st.just("bin"), bin_files(ADAPTER, HUGE))
+
+
+# --- vocabularies -----------------------------------------------------------------------------
+
+# A tokenizer.model is a message of protobuf, and so are the pieces and the two specs in it. Here a
+# message is a list of (number, wire type, value). A value is an int for VARINT, otherwise bytes.
+VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5
+PIECE, TRAINER, NORMALIZER, DENORMALIZER = 1, 2, 3, 5  # the numbers of fields of the file
+TEXT, SCORE, TYPE = (1, BYTES), (2, FOUR_BYTES), (3, VARINT)  # of a piece
+
+
+def varint(number):
+    raw, number = bytearray(), number % 2**64
+    while number > 127:
+        raw.append(number % 128 + 128)
+        number //= 128
+    return bytes(raw) + bytes([number])
+
+
+def read_varint(raw, start):
+    """→ (number, where it ends)"""
+    end = next(i for i in range(start, len(raw)) if raw[i] < 128) + 1
+    return sum((byte % 128) << 7 * i for i, byte in enumerate(raw[start:end])), end
+
+
+def as_message(fields):
+    """[(number, wire type, value)] → bytes"""
+    raw = b""
+    for number, kind, value in fields:
+        raw += varint(number << 3 | kind)
+        raw += varint(len(value)) if kind == BYTES else b""
+        raw += varint(value) if kind == VARINT else value
+    return raw
+
+
+def read_message(raw):
+    """The reverse"""
+    fields, i = [], 0
+    while i < len(raw):
+        tag, i = read_varint(raw, i)
+        kind = tag % 8
+        if kind == VARINT:
+            value, i = read_varint(raw, i)
+        else:
+            size, i = read_varint(raw, i) if kind == BYTES else ({5: 4, 1: 8}[kind], i)
+            value, i = raw[i : i + size], i + size
+        fields.append((tag >> 3, kind, value))
+    return fields
+
+
+VOCABULARY = (BUILT_IN / "tokenizer.model").read_bytes()
+FIELDS = read_message(VOCABULARY)
+assert as_message(FIELDS) == VOCABULARY
+NAMES = [read_message(value)[0][2] for number, _, value in FIELDS if number == PIECE]
+# What sentencepiece reads while it encodes and decodes.
+KNOWN = {
+    PIECE: [TEXT, TEXT, SCORE, TYPE, TYPE, TYPE],
+    # model_type, vocab_size, byte_fallback and other flags; ids and names of <unk>, <s>, </s>, <pad>
+    TRAINER: [(number, VARINT) for number in (3, 3, 4, 24, 26, 35, 40, 41, 42, 43)]
+    + [(number, BYTES) for number in (7, 30, 31, 36, 44, 45, 46, 47, 48)],
+    NORMALIZER: [(1, BYTES), (2, BYTES), (3, VARINT), (4, VARINT), (5, VARINT), (6, BYTES)],
+}
+KNOWN[DENORMALIZER] = KNOWN[NORMALIZER]
+odd_texts = st.sampled_from(
+    [b"", b"</s>", b"<s>", b"<unk>", b"<0x0A>", b"<0x0a>", b"<0xGG>", b"<|user|>", b"[gMASK]"]
+    + [b"\n", b" ", b"\0", b"\xff", b"\xe4\xbd", b"x" * 2**17, "\u2581".encode(), "é👋".encode()]
+)
+odd_texts |= st.sampled_from(NAMES) | st.binary(max_size=9)
+odd_values = {
+    VARINT: st.integers(0, 7) | st.sampled_from([1399, 1400, 2**31 - 1, 2**31, 2**63, 2**64 - 1]),
+    EIGHT_BYTES: st.binary(min_size=8, max_size=8),
+    BYTES: odd_texts,
+    FOUR_BYTES: st.floats(width=32).map(lambda score: struct.pack("<f", score)),
+}
+PIECES_OF_NOTE = [0, 1, 2, 3, NAMES.index(b"<0x0A>"), NAMES.index(b"<0xFF>"), len(NAMES) - 1]
+ODD_ENDS = [b"\x0b" * 9999, b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\0" * 99, b"\xff" * 99]
+ODD_ENDS += [as_message([(200, BYTES, b"x" * 2**20)]), VOCABULARY]
+
+
+@st.composite
+def vocabularies(draw):
+    """tokenizer.model with some of its pieces and settings replaced, dropped, added or moved."""
+    fields = list(FIELDS)
+    for _ in range(draw(st.integers(1, 4))):
+        pieces = [i for i, (number, *_) in enumerate(fields) if number == PIECE] or [0]
+        others = [i for i, (number, *_) in enumerate(fields) if number != PIECE] or [0]
+        of_note = st.sampled_from(PIECES_OF_NOTE).map(lambda i: i % len(pieces))
+        any_piece = of_note | of_note | st.integers(0, len(pieces) - 1)
+        i = draw(any_piece.map(pieces.__getitem__) | st.sampled_from(others))
+        if not fields:
+            break
+        actions = ["set", "set", "set", "set", "drop", "repeat", "move"]
+        action = draw(st.sampled_from(actions))
+        number, kind, value = fields[i]
+        if action == "set" and number in KNOWN:
+            fields[i] = (number, kind, draw(changed(value, KNOWN[number])))
+        elif action == "set":
+            fields[i] = (draw(st.sampled_from([*KNOWN])), kind, value)
+        elif action == "repeat":
+            fields.insert(draw(st.integers(0, len(fields))), fields[i])
+        else:
+            del fields[i]
+            if action == "move":
+                fields.insert(draw(st.integers(0, len(fields))), (number, kind, value))
+        # The file's bytes alone would tell nobody what is wrong with it.
+        now = repr(fields[i])[:200] if action == "set" else ""
+        hypothesis.note(f"{action} field {i}, {(number, kind, value[:200])!r} {now}")
+    if draw(st.integers(0, 9)) == 0:
+        number = draw(st.sampled_from([TRAINER, NORMALIZER, DENORMALIZER]))
+        fields.append((number, BYTES, draw(changed(b"", KNOWN[number]))))
+    return as_message(fields) + draw(mostly(st.just(b""), st.sampled_from(ODD_ENDS)))
+
+
+@st.composite
+def changed(draw, raw, known):
+    """A message with a field of `known`, (number, wire type), set to something odd."""
+    number, kind = draw(st.sampled_from(known))
+    kind = draw(mostly(st.just(kind), st.sampled_from([*odd_values])))
+    fields = [field for field in read_message(raw) if field[0] != number or draw(rarely)]
+    dropped = draw(rarely)
+    return as_message(fields + ([] if dropped else [(number, kind, draw(odd_values[kind]))]))
+
+
+rarely = mostly(st.just(False), st.just(True))
+
+
+# --- a small base -----------------------------------------------------------------------------
+
+# With the built-in model's vocabulary, but few weights, so that the commands are fast.
+SMALL_CONFIG = json.loads((BUILT_IN / "config.json").read_text())
+SMALL_CONFIG |= dict(num_layers=2, hidden_size=16, ffn_hidden_size=24, kv_channels=8, seq_length=256)
+
+
+def small_state():
+    torch.manual_seed(0)
+    return ChatGLMForCausalLM(ChatGLMConfig.from_dict(SMALL_CONFIG)).state_dict()
+
+
+SMALL_STATE = small_state()
+
+
+def write_small_base(directory):
+    """→ directory"""
+    (directory / "config.json").write_text(json.dumps(SMALL_CONFIG))
+    (directory / "tokenizer.model").write_bytes(VOCABULARY)
+    (directory / "model.safetensors").write_bytes(as_safetensors(SMALL_STATE))
+    return directory

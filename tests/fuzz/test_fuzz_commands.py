@@ -6,11 +6,10 @@ python -m pytest -q tests/fuzz/test_fuzz_commands.py
 import json
 import re
 import shutil
-import signal
 
 import pytest
 import safetensors.torch
-from hostile import fresh, hostile, watched
+from hostile import fresh, hostile, runs_or_refuses
 from hostile_inputs import (
     LORA,
     adapter_weights,
@@ -42,29 +41,6 @@ def little(tmp_path_factory):
     base = chatglm.load_model(chatglm.built_in_model(), "cpu")
     chatglm.save_adapter(chatglm.add_lora(base, 8, 32, 0.0, ["query_key_value"]), directory)
     return directory
-
-
-BESIDE_THE_ERROR = ("built-in tiny model", "(see its SHA256SUMS): skipped", "%|")
-
-
-def runs_or_refuses(main, arguments, capsys, output=None):
-    """The command ends well, or with exit code 2 and lines that begin with its name. → those, or
-    None"""
-    capsys.readouterr()
-    try:
-        with watched(output):
-            main([str(argument) for argument in arguments])
-    except SystemExit as ended:
-        assert ended.code == 2
-        lines = capsys.readouterr().err.split("\n")
-        lines = [line for line in lines if not any(text in line for text in BESIDE_THE_ERROR)]
-        assert lines and lines.pop() == ""
-        begins = r"(train|infer)\.py: error: ."
-        assert all(re.match(begins, line) and line.isprintable() for line in lines)
-        return lines
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # --- train.py ---------------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""What must be the same for a run to continue bit for bit, and what is told if it is not."""
+
+import json
+import shlex
+
+from support.config import dtype_name
+from support.devices import find_device
+from support.errors import one_line, printable
+from support.run_args import flag_of
+from support.train_flags import LORA, NOT_OF_THE_RUN, defaults
+
+# Arguments that may change when a run is resumed: they do not affect the result, or run_identity
+# holds what matters of them in another form.
+MAY_CHANGE = (
+    *NOT_OF_THE_RUN,
+    "model",
+    "base",
+    "data",
+    "keys",
+    "tools",
+    "device",
+    "dtype",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "output_dir",
+    "save_steps",
+    "keep_checkpoints",
+    "patience",
+    "tensorboard",
+    "eval_data",
+)
+DIGESTS = ("--model", "--data", "--eval-data")  # not told: they are digests
+
+
+def run_identity(run):
+    """→ {name: value} of all that must be the same; run: a train.Run"""
+    return (
+        _identity_of_flags(run.args)
+        | _identity_of_data(run.dataset, run.eval_set)
+        | {
+            "--device": run.device.type,
+            "--dtype": dtype_name(run.model.dtype),
+            "--batch-size × --gradient-accumulation-steps × processes": run.samples_per_update,
+            "--model": run.args.base,
+        }
+    )
+
+
+def _identity_of_flags(args):
+    kept = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    return {flag_of(name): value for name, value in kept.items()}
+
+
+def _identity_of_data(dataset, eval_set):
+    return {"--data": dataset.digest, "--eval-data": eval_set.digest if eval_set else None}
+
+
+def check_before_loading(args, dataset, eval_set, checkpoint):
+    """Raises ValueError for what is known to be wrong before the base is loaded.
+
+    checkpoint: the directory to continue from, or None
+    """
+    if args.cuda_graphs and find_device(args.device) != "cuda":
+        raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
+    if checkpoint:
+        identity = _identity_of_flags(args) | _identity_of_data(dataset, eval_set)
+        unknown = {flag_of(name) for name in LORA} if args.init_adapter else set()
+        check_same_run(checkpoint, {n: v for n, v in identity.items() if n not in unknown})
+
+
+def check_same_run(checkpoint, identity):
+    """Raises ValueError if the checkpoint is of a run with another identity; see run_identity.
+
+    Names that `identity` lacks are not compared.
+    """
+    try:
+        state = json.loads((checkpoint / "training_state.json").read_text("utf-8"))
+        # A flag that the checkpoint does not know is newer than it, and was at its default.
+        old = {flag_of(name): value for name, value in defaults().items()} | state["run"]
+        new = dict(identity)
+        if "--model" in new:  # its fingerprint; of a quantised one, some digests are None
+            known = {n: v for n, v in new["--model"].items() if v and old["--model"].get(n)}
+            new["--model"] = old["--model"] | known
+        changed = [name for name in new if old.get(name) != new[name]]
+    except Exception as error:  # whatever the readers raise on a file that train.py didn't write
+        what = f"not a checkpoint of train.py: {one_line(error)}"
+        raise ValueError(f"{checkpoint}: {what}") from error
+    if changed:
+        told = []
+        for name in changed:
+            was, now = printable(str(old.get(name))), printable(str(new[name]))
+            told.append(name if name in DIGESTS else f"{name} was {was}, is {now}")
+        what = f"is of a run with other settings: {'; '.join(told)}"
+        advice = f"a new run can start from it with --init-adapter {shlex.quote(str(checkpoint))}, "
+        advice += "another --output-dir, and no flag of LoRA"
+        raise ValueError(f"{checkpoint} {what}; give those, or --overwrite starts over; {advice}")
