@@ -14,7 +14,8 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 
-if __name__ == "__main__":  # until told_to_user, Ctrl-C ends the program without a word
+# Until errors_for_user, Ctrl-C ends the program without a word, if it is not ignored (nohup, &).
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -357,7 +358,7 @@ def new_assistant(args, model, tokenizer, preamble):
 def main(argv=None):
     args = parse_args(argv)
     advice = "try --load-in 4bit, or with --input a smaller --batch-size"
-    with commands.told_to_user("infer.py", f"out of memory; {advice}"):
+    with commands.errors_for_user("infer.py", f"out of memory; {advice}"):
         run(args)
 
 

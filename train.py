@@ -14,7 +14,8 @@ import sys
 import time
 from functools import partial
 
-if __name__ == "__main__":  # until told_to_user, Ctrl-C ends the program without a word
+# Until errors_for_user, Ctrl-C ends the program without a word, if it is not ignored (nohup, &).
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -312,7 +313,7 @@ class Run:
         self.args, self.peft_model, self.dataset = args, peft_model, dataset
         self.eval_set = eval_set  # a second data.ConversationDataset, or None
         self.checkpoint = checkpoint  # the directory to continue from, or None
-        self.identity = None  # what must be the same for the run to continue: checkpoints.py
+        self.identity = None  # what must be the same for the run to continue: identity.py
         self.peak_memory = None  # bytes, of the longest micro-batch on CUDA: memory.py
         self.model = peft_model.get_base_model().train()  # our network, with LoRA inside
         self.device = self.model.device
@@ -435,7 +436,7 @@ def eval_only(args):
 def main(argv=None):
     args = parse_args(argv)
     advice = "out of memory; try --gradient-checkpointing all, or a smaller --batch-size"
-    with commands.told_to_user("train.py", advice, processes.exit_together):
+    with commands.errors_for_user("train.py", advice, processes.exit_together):
         commands.check_utf8(*(sys.argv if argv is None else argv))
         processes.start(args.device, args.timeout)
         job = eval_only if args.eval_only else dry_run if args.dry_run else train

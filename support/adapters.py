@@ -17,7 +17,8 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from support.errors import first_few, one_line, warn_of_chatglm2
+from support.config import warn_of_chatglm2
+from support.errors import first_few, one_line
 from support.files import check_no_lfs_pointer
 from support.fp8 import float8_layers
 

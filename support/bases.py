@@ -20,9 +20,9 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file, find_adapter_config_file
 
 from support.checkpoints import list_checkpoints
-from support.config import ADAPTER_DIR, DTYPES
+from support.config import ADAPTER_DIR, DTYPES, warn_of_chatglm2
 from support.devices import check_float8, find_device
-from support.errors import first_few, warn_of_chatglm2
+from support.errors import first_few
 from support.files import as_bytes, check_no_lfs_pointer, read_json
 
 SIZES = (
@@ -54,12 +54,13 @@ def resolve_base(name):
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         what = "is neither a directory nor a hub id"
         raise ValueError(f"{name!r} {what}; --model takes the directory of a checkpoint")
-    check_hub()
+    go_offline_without_hub()
     return name
 
 
-def check_hub():
-    """Without a network, has files read from the hub's cache at once, not after many retries."""
+def go_offline_without_hub():
+    """If the hub does not answer within some seconds, switches its library to offline: files then
+    come from its cache at once, instead of after half a minute of retries."""
     if not constants.HF_HUB_OFFLINE:
         try:
             get_session().head(constants.ENDPOINT, timeout=4)  # seconds
@@ -80,8 +81,9 @@ def find_base(model, adapter_dir=None, no_adapter=False):
     if not model and adapter_dir is None:
         return None
     path = resolve_base(model) if model else base_of_adapter(adapter_dir)
+    warn_of_chatglm2(path)
     with suppress(OSError, ValueError, TypeError):  # what is wrong with the file is told later
-        warn_of_chatglm2(path, read_json(base_file(path, "config.json")).get("_name_or_path"))
+        warn_of_chatglm2(read_json(base_file(path, "config.json")).get("_name_or_path"))
     return path
 
 
@@ -141,9 +143,29 @@ def loading_options(device, dtype, load_in):
     if importlib.util.find_spec("bitsandbytes") is None:
         install = "pip install -r requirements-quantization.txt"
         raise ValueError(f"--load-in {load_in} needs bitsandbytes: {install}")
+    keep_nan_in_4bit()
     settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     settings["bnb_4bit_compute_dtype"] = DTYPES[dtype]
     return options | dict(quantization_config=BitsAndBytesConfig(**settings))
+
+
+def keep_nan_in_4bit():
+    """Has bitsandbytes' quantisation keep numbers that are not finite, for check_finite to find.
+
+    On CUDA, a NaN otherwise becomes one of the 16 values. With it, its tensor's scales become NaN.
+    """
+    from bitsandbytes import functional
+
+    quantize = functional.quantize_4bit
+    if quantize.__name__ == "quantize_and_keep_nan":  # it was done before
+        return
+
+    def quantize_and_keep_nan(A, *args, **options):
+        quantised, state = quantize(A, *args, **options)
+        state.absmax += 0 * torch.linalg.vector_norm(A, torch.inf).float()  # 0 × inf is NaN
+        return quantised, state
+
+    functional.quantize_4bit = quantize_and_keep_nan
 
 
 def make_random_weights(directory, model_class, config_class):

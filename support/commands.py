@@ -125,7 +125,7 @@ def prepare_terminal():
     """
     quiet_libraries()
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as train.py and infer.py begin
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # train.py and infer.py began with it
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -168,10 +168,10 @@ def discard_output(stream):
 
 
 def exit_with(error, program, out_of_memory):
-    """Ends the program with exit code 2 and the lines on stderr that tell a user of `error`.
+    """Prints `error` for the user, on stderr, and ends the program with exit code 2.
 
-    Raises `error` again if it is none that a user can mend: it is then a bug of this project.
-    `out_of_memory` is the advice for torch.OutOfMemoryError.
+    An error that a user can't mend is a bug of this project: it is raised again. out_of_memory:
+    the advice for torch.OutOfMemoryError.
     """
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -188,8 +188,8 @@ def exit_with(error, program, out_of_memory):
 
 
 @contextmanager
-def told_to_user(program, out_of_memory, exit_with=exit_with):
-    """What a command does stands in this context. It ends the program for an error: see exit_with.
+def errors_for_user(program, out_of_memory, on_error=exit_with):
+    """A command runs inside this context. An error ends the program: see exit_with.
 
     Ctrl-C ends it without a word. So does a reader of stdout that has gone, such as head.
     """
@@ -203,7 +203,7 @@ def told_to_user(program, out_of_memory, exit_with=exit_with):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        exit_with(error, program, out_of_memory)
+        on_error(error, program, out_of_memory)
 
 
 def announce_built_in_model(file):

@@ -1,5 +1,8 @@
 """The configuration of the network, the check of a config.json, and a few shared defaults."""
 
+import functools
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +24,19 @@ FIXED = dict(
     attention_dropout=0.0,
     tie_word_embeddings=False,
 )
+
+
+@functools.cache
+def _warn_once(line):
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first
+        print(line, file=sys.stderr)
+
+
+def warn_of_chatglm2(name):
+    """Warns the user, once, if this is the name or path of a ChatGLM2."""
+    if isinstance(name, str) and "chatglm2" in Path(name).name.lower():
+        what = "it has ChatGLM3's network, but another prompt format"
+        _warn_once(f"(this model seems to be ChatGLM2: {what})")
 
 
 def dtype_name(dtype):

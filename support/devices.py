@@ -11,16 +11,17 @@ from support.errors import printable
 def find_device(wanted):
     """auto, cpu, cuda, or another device that torch has (mps, xpu, …) → the type of the device.
 
-    auto is cuda or cpu. Raises ValueError if the wanted device is not there, and if the driver is
-    too old. Training on the CPU would then be a bad surprise.
+    auto is cuda or cpu. Raises ValueError if the device is not there. For auto, also if the NVIDIA
+    driver is too old, because training on the CPU would be a bad surprise.
     """
+    if wanted == "cpu":
+        return "cpu"
     if wanted not in ("auto", "cuda"):
         other = torch.accelerator.current_accelerator(check_available=True)
-        found = ["cpu", *([other.type] if other else [])]
-        if wanted not in found:
-            what = f"--device {printable(wanted)}: PyTorch finds no such device here"
-            raise ValueError(f"{what}; there is {' and '.join(found)}")
-        return wanted
+        if other and other.type == wanted:
+            return wanted
+        what = f"--device {printable(wanted)}: PyTorch finds no such device here"
+        raise ValueError(f"{what}; there is cpu{f' and {other.type}' if other else ''}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason is told below
         if torch.cuda.is_available():

@@ -4,26 +4,12 @@ The project raises ValueError (and lets OSError pass) with a message that is wri
 The commands print it without a traceback: see support/commands.py.
 """
 
-import functools
 import math
 import pickle
-import sys
 
 
 class DataError(ValueError):
     """What is wrong with data files: one line for each fault, with its place and the remedy."""
-
-
-@functools.cache
-def _warn_once(line):
-    print(line, file=sys.stderr)
-
-
-def warn_of_chatglm2(*names):
-    """Warns the user, once, if one of these names of models is ChatGLM2's."""
-    if any(isinstance(name, str) and "chatglm2" in name.lower() for name in names):
-        what = "its network is the same, but its prompts have another format than ChatGLM3's"
-        _warn_once(f"(this model seems to be ChatGLM2: {what})")
 
 
 def printable(text, most=300):

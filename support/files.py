@@ -83,12 +83,12 @@ def write_whole(file, content):
 
 def flush_to_disk(path):
     """Waits until a file, or a directory's list of files, would survive a power cut."""
-    try:  # Windows flushes no file that is open for reading only
+    try:  # Windows can't flush a file that is open for reading only
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except PermissionError:
-        if path.is_dir():  # Windows opens none
-            return
-        raise
+        if not path.is_dir():
+            raise
+        return  # Windows can't open a directory
     os.fsync(descriptor)
     os.close(descriptor)
 
@@ -99,6 +99,14 @@ def delete(path):
         path.unlink()
     else:
         shutil.rmtree(path)
+
+
+def _try_to_delete(file):
+    """→ whether it could be deleted"""
+    with suppress(OSError):
+        Path(file).unlink()
+        return True
+    return False
 
 
 @contextmanager
@@ -120,11 +128,7 @@ def locked(lock_file, path):
     try:
         yield
     finally:
-        was_deleted = False
-        with suppress(OSError):  # before it is released: nobody else can hold it yet
-            Path(lock_file).unlink()
-            was_deleted = True
+        was_deleted = _try_to_delete(lock_file)  # before the release: nobody else can hold it yet
         lock.release()
-        if not was_deleted:  # Windows deletes no open file. So nobody else can lose it here.
-            with suppress(OSError):
-                Path(lock_file).unlink()
+        if not was_deleted:  # on Windows, which deletes no open file: so none that another holds
+            _try_to_delete(lock_file)

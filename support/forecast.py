@@ -1,9 +1,13 @@
 """What a run will need: `python train.py --dry-run` measures it on a few real updates.
 
-With CUDA graphs, a micro-batch runs in one of four modes, which differ in time: the first of a
-shape runs eagerly, which takes longest if its length is new too; the second is captured; later ones
-are replayed (train.CUDAGraphs). So the modes are measured one by one, and played through over the
-updates that the run will make.
+With CUDA graphs (train.CUDAGraphs), a micro-batch runs in one of four modes, which differ in time:
+
+    new         eagerly: the first of its shape, and of its length
+    eager       the first of its shape; the length is known
+    captured    the second of its shape
+    replayed    a later one
+
+Each mode is measured. Then the modes of all coming updates are played through.
 
 train.py passes the functions that run updates, because support/ does not import it.
 """
@@ -41,11 +45,8 @@ class Modes:
     def __init__(self, max_graphs):
         self.max_graphs, self.seen, self.captured, self.lengths = max_graphs, set(), set(), set()
 
-    def next(self, shapes):
-        """→ new, eager, captured or replayed, for each micro-batch of these shapes, the next ones
-
-        shapes: data.MicroBatch.shapes() of each
-        """
+    def of_next(self, shapes):
+        """→ the modes of the next micro-batches; shapes: data.MicroBatch.shapes() of each"""
         return [self._next_one(shape) for shape in shapes]
 
     def _next_one(self, shape):
@@ -55,7 +56,7 @@ class Modes:
             self.captured.add(shape)
             return "captured"
         self.seen.add(shape)
-        is_new = shape[1] not in self.lengths  # of input_ids: libraries choose kernels for it
+        is_new = shape[1] not in self.lengths  # of input_ids: libraries choose kernels by it
         self.lengths.add(shape[1])
         return "new" if is_new else "eager"
 
@@ -74,7 +75,7 @@ class Costs(NamedTuple):
         return sum(getattr(self, mode) for mode in modes)
 
     def ends(self, updates, waits_every):
-        """→ at how many seconds each update ends; updates: [the modes of its micro-batches]
+        """→ the second at which each update ends; updates: for each, the modes of its micro-batches
 
         Python runs ahead of the device, until it waits for a result, every `waits_every` updates.
         """
@@ -83,9 +84,9 @@ class Costs(NamedTuple):
         for number, modes in enumerate(updates, 1):
             for mode in modes:
                 host += self.of([mode])
-                if mode in ("captured", "replayed"):  # the device can begin then
+                if mode in ("captured", "replayed"):  # the device begins when Python has launched
                     device = max(device, host) + self.device
-                else:  # it works while Python launches
+                else:  # the device works while Python launches kernels
                     device = max(device + self.device, host)
             ends.append(max(host, device))
             if number % waits_every == 0:
@@ -94,52 +95,55 @@ class Costs(NamedTuple):
 
 
 def measure(run_items, shapes, modes, device):
-    """→ Costs, from run_items(), at least three times. It is a generator, which runs an item and
-    yields, and so on.
+    """→ Costs. run_items: a generator function, which yields after each item that it has run. It is
+    called at least three times.
 
-    shapes: for each item, the shapes of its micro-batches; modes: Modes, after what has run before.
-    With CUDA graphs the first pass runs eagerly or captures, the second captures what ran eagerly
-    before, and later ones only replay.
+    shapes: for each item, the shapes of its micro-batches; modes: Modes that have seen what ran
+    before. With CUDA graphs the first pass runs eagerly or captures, the second captures what ran
+    eagerly before, and later ones only replay.
     """
 
-    def one_by_one():
-        """→ [(seconds, the modes of its micro-batches)] of all items"""
-        # Training does not wait for the device either. What it waits for is Python.
-        times = [time.perf_counter(), *(time.perf_counter() for _ in run_items())]
+    def run_one_by_one():
+        """→ [(Python's seconds, the modes of its micro-batches)] of all items"""
+        times = [time.perf_counter()]
+        for _ in run_items():  # as in training, nothing waits for the device here
+            times.append(time.perf_counter())
         wait_for(device)
         seconds = [end - start for start, end in itertools.pairwise(times)]
-        return [*zip(seconds, map(modes.next, shapes), strict=True)]
+        return [*zip(seconds, map(modes.of_next, shapes), strict=True)]
 
-    def all_at_once():
+    def run_all():
         for _ in run_items():
             pass
 
-    first, second, totals = one_by_one(), one_by_one(), []
+    first = run_one_by_one()
+    second = run_one_by_one()
+    totals = []
     while not totals or (len(totals) < 7 and sum(totals) < 3):
-        totals.append(largest(timed(all_at_once, device)))  # so all processes go on, or none
+        totals.append(largest(timed(run_all, device)))  # so that all processes decide alike
     steady = statistics.median(totals) / max(1, sum(map(len, shapes)))
     costs = Costs(*[steady] * len(Costs._fields))
-    if modes.max_graphs:
-        if found := [seconds / len(modes) for seconds, modes in second if {*modes} == {"replayed"}]:
-            costs = costs._replace(replayed=min(steady, statistics.median(found)))
-        for mode, cheaper in (("captured", "replayed"), ("eager", "captured"), ("new", "eager")):
-            measured = second if mode == "captured" else first
-            costs = costs._replace(**{mode: cost_of(mode, measured, costs, cheaper)})
-    return costs
+    if not modes.max_graphs:
+        return costs
+    if found := [seconds / len(ran) for seconds, ran in second if {*ran} == {"replayed"}]:
+        costs = costs._replace(replayed=min(steady, statistics.median(found)))
+    costs = costs._replace(captured=cost_of("captured", second, costs, costs.replayed))
+    only_known = [(seconds, ran) for seconds, ran in first if "new" not in ran]
+    costs = costs._replace(eager=cost_of("eager", only_known, costs, costs.captured))
+    return costs._replace(new=cost_of("new", first, costs, costs.eager))
 
 
-def cost_of(mode, measured, costs, cheaper):
+def cost_of(mode, measured, costs, least):
     """→ the seconds of one micro-batch in this mode: the median over the items that have it
 
-    measured: [(seconds, the modes of an item's micro-batches)]; costs: of the other modes;
-    cheaper: the next one, whose cost is taken if no item has this mode, or noise makes it less
+    measured: [(seconds, the modes of an item's micro-batches)]; costs: of the other modes; least:
+    the cost if no item has this mode, or noise makes it less
     """
     found = [
-        (seconds - costs.of(other for other in modes if other != mode)) / modes.count(mode)
-        for seconds, modes in measured
-        if mode in modes
+        (seconds - costs.of(other for other in ran if other != mode)) / ran.count(mode)
+        for seconds, ran in measured
+        if mode in ran
     ]
-    least = getattr(costs, cheaper)
     return max(least, statistics.median(found)) if found else least
 
 
@@ -170,7 +174,7 @@ def seconds_of_training(run, load, run_update, max_graphs):
 
     typical, modes = by_size[len(by_size) // 2], Modes(max_graphs)
     seconds = largest(timed(lambda: [*run_updates([typical] * 2)], run.device))
-    modes.next(shapes[typical] * 2)
+    modes.of_next(shapes[typical] * 2)
     most = min(MOST_MEASURED, int(40 / seconds))  # of the updates that have graphs for all shapes
     if max_graphs:
         most = min(most, max_graphs // max(map(len, shapes)))
@@ -178,17 +182,18 @@ def seconds_of_training(run, load, run_update, max_graphs):
     shapes_of_measured = [shapes[number] for number in measured]
     costs = measure(partial(run_updates, measured), shapes_of_measured, modes, run.device)
     modes = Modes(max_graphs)  # of the real run
-    ends = costs.ends(map(modes.next, shapes), waits_every=run.args.logging_steps)
-    half, beyond = len(ends) // 2, run.total_steps - run.progress.step - len(ends)
-    return (
-        ends[-1] + beyond * (ends[-1] - ends[half - 1]) / (len(ends) - half) if half else ends[-1]
-    )
+    ends = costs.ends(map(modes.of_next, shapes), waits_every=run.args.logging_steps)
+    beyond = run.total_steps - run.progress.step - len(ends)
+    if not beyond:
+        return ends[-1]
+    half = len(ends) // 2
+    return ends[-1] + beyond * (ends[-1] - ends[half - 1]) / (len(ends) - half)
 
 
 def seconds_of_evaluations(run, batches, eval_step, max_graphs):
     """→ the seconds of all evaluations that are left
 
-    run: a train.Run; batches: an iterable of the data.MicroBatch of one evaluation
+    run: a train.Run; batches: the data.MicroBatch of one evaluation; they are iterated twice
     """
     device, one = run.device, torch.ones((), device=run.device)
     all_shapes = [batch.shapes() for batch in batches]
@@ -207,7 +212,7 @@ def seconds_of_evaluations(run, batches, eval_step, max_graphs):
     count, modes = times_due(run, run.eval_every), Modes(max_graphs)
     seconds = []
     for _ in range(min(count, 3)):  # later ones take as long as the third
-        evaluation = ([mode] for mode in modes.next(all_shapes))
+        evaluation = ([mode] for mode in modes.of_next(all_shapes))
         seconds.append(costs.ends(evaluation, waits_every=len(all_shapes))[-1])
     return sum(seconds) + (count - len(seconds)) * seconds[-1]
 
@@ -219,7 +224,7 @@ def middles(values, count):
 
 
 def times_due(run, every):
-    """→ how often something is still done that is due after `every` updates and at the end"""
+    """→ how many times something is still due: after each `every` updates, and at the end"""
     total, done = run.total_steps, run.progress.step
     return total // every - done // every + (total % every > 0)
 

@@ -63,9 +63,9 @@ class Float8Linear(nn.Linear):
     def forward(self, x):
         rows = x.flatten(0, -2)
         if len(rows) == 1 and torch.compiler.is_compiling():
-            # With one row, the time goes into reading the weights. Compiled code converts them
-            # while it reads them. So x need not be rounded. as_strided makes inductor store x.
-            # Else it computes x, with SiLU or a norm, once for each output.
+            # With one row, most of the time is reading the weights. Compiled code converts them as
+            # it reads them. So x need not be rounded.
+            # as_strided makes inductor store x. Else it computes x (SiLU, a norm) for each output.
             row = rows.contiguous().as_strided((self.in_features,), (1,))
             y = (self.weight.float() * row.float()).sum(1) * self.scale.squeeze(1)
             y = y.to(x.dtype)

@@ -1,4 +1,4 @@
-"""What must be the same for a run to continue bit for bit, and what is told if it is not."""
+"""Whether a run can continue bit for bit: what must be the same, and the message if it is not."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ MAY_CHANGE = (
     "tensorboard",
     "eval_data",
 )
-DIGESTS = ("--model", "--data", "--eval-data")  # not told: they are digests
+DIGESTS = ("--model", "--data", "--eval-data")  # their values are digests, which no message shows
 
 
 def run_identity(run):
@@ -56,7 +56,7 @@ def _identity_of_data(dataset, eval_set):
 
 
 def check_before_loading(args, dataset, eval_set, checkpoint):
-    """Raises ValueError for what is known to be wrong before the base is loaded.
+    """Checks what can be checked before the base is loaded. Raises ValueError.
 
     checkpoint: the directory to continue from, or None
     """
@@ -64,8 +64,9 @@ def check_before_loading(args, dataset, eval_set, checkpoint):
         raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
     if checkpoint:
         identity = _identity_of_flags(args) | _identity_of_data(dataset, eval_set)
-        unknown = {flag_of(name) for name in LORA} if args.init_adapter else set()
-        check_same_run(checkpoint, {n: v for n, v in identity.items() if n not in unknown})
+        for name in LORA if args.init_adapter else ():  # they are read later: take_lora_flags
+            del identity[flag_of(name)]
+        check_same_run(checkpoint, identity)
 
 
 def check_same_run(checkpoint, identity):

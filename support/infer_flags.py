@@ -28,7 +28,7 @@ def parse_args(argv=None):
     dtype = "auto: fp16 on CUDA, else fp32; with --merge-to, the base's"
     commands.add_device_flags(add, dtype)
     commands.add_load_in_flag(add)
-    add("--compile", action="store_true", help="compile the blocks: faster, after some seconds")
+    add("--compile", action="store_true", help="compile the blocks: faster, after up to a minute")
     add = parser.add_argument_group("decoding").add_argument
     add("--batch-size", type=number(1, 2**16), default=16, help="records answered together")
     add("--max-new-tokens", type=number(1, 2**20), default=128, help="limit of an answer")

@@ -13,43 +13,50 @@ import torch.distributed as dist
 
 from support import commands
 from support.devices import find_device
+from support.errors import one_line
 
 
 class Links:
-    """What connects this process with the others. Without torchrun, it has none."""
+    """The connection to the other processes. All are None without torchrun."""
 
     store = None  # torchrun's dist.Store, which all processes read and write
-    gpus = None  # the dist.ProcessGroup of NCCL
+    nccl_group = None  # a dist.ProcessGroup, for tensors on GPUs
     timeout = None  # --timeout, in seconds
+    messages = 0  # how many of the messages between all processes this one has entered
+    stopped = 0  # the number of the signal that told this process to stop
 
 
 def start(device, timeout):
     """Joins the processes that torchrun started. Does nothing without torchrun.
 
-    timeout: how many seconds the processes wait for one of them. Raises ValueError if one does not
-    come.
+    timeout: seconds that the processes wait for one another. Raises ValueError if one of them does
+    not start in this time, or if there are more processes than GPUs.
     """
     if not dist.is_torchelastic_launched():
         return
-    cuda, wait = find_device(device) == "cuda", timedelta(seconds=timeout)
-    if cuda:
+    is_cuda = find_device(device) == "cuda"
+    if is_cuda:
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
-            raise ValueError(f"torchrun started more processes than the {gpus} GPUs there are")
+            what = "torchrun started more processes than this machine has GPUs"
+            raise ValueError(f"{what}; give --nproc-per-node {gpus}")
         torch.cuda.set_device(local_rank)
+    wait, Links.timeout = timedelta(seconds=timeout), timeout
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=wait))
-        Links.store, Links.timeout = store_of_attempt(store, rank, count, timeout), timeout
+        Links.store = store_of_attempt(store, rank, count, timeout)
         options = dict(store=Links.store, rank=rank, world_size=count, timeout=wait)
         dist.init_process_group("gloo", **options)
     except dist.DistError as error:
-        what = f"not all processes have started within {timeout} s"
-        raise ValueError(f"{what}; look at the others, or give --timeout more") from error
-    if cuda:
-        # NCCL's own timeout aborts the program without a word. gloo's, an error, comes first.
-        Links.gpus = dist.new_group(backend="nccl", timeout=2 * wait)
-        # NCCL takes its memory at the first message: before the memory for training is measured.
-        dist.all_reduce(torch.zeros((), device="cuda"), group=Links.gpus)
+        what = f"the processes could not connect within {timeout} s ({one_line(error)})"
+        raise ValueError(f"{what}; read what the others print, or raise --timeout") from error
+    if is_cuda:
+        # NCCL's timeout aborts the program without a message. So it is twice as long: gloo's
+        # timeout, which raises an error, comes first.
+        Links.nccl_group = dist.new_group(backend="nccl", timeout=2 * wait)
+        # NCCL allocates memory at its first message. So one is sent here, before the memory for
+        # training is measured.
+        dist.all_reduce(torch.zeros((), device="cuda"), group=Links.nccl_group)
     if rank:
         sys.stdout = open(os.devnull, "w")  # only the first process prints
 
@@ -58,28 +65,29 @@ def store_of_attempt(store, rank, count, timeout):
     """→ the part of torchrun's dist.Store that only this attempt uses. All processes call this.
 
     When a process dies, torchrun starts all of them again, and the store still has the addresses of
-    the dead ones. So the first process makes up a name for the attempt. The others may read an old
-    name at first. They know the right one by the answer: the first process repeats what they wrote.
+    the dead ones. So the first process makes up a name for the attempt. Each of the others writes a
+    token under the name that it reads, and the first process repeats it. A process that read an old
+    name gets no echo, and reads the name again. Raises dist.DistError after `timeout` seconds.
     """
-    mine, end = uuid.uuid4().hex, time.monotonic() + timeout
-    if rank == 0:
-        store.set("attempt", mine)
-        for other in range(1, count):
-            store.set(f"{mine} answer {other}", store.get(f"{mine} question {other}"))
-        return dist.PrefixStore(mine, store)
-    while time.monotonic() < end:
-        attempt = store.get("attempt").decode()  # waits until it is there
-        answer = f"{attempt} answer {rank}"
-        store.set(f"{attempt} question {rank}", mine)
-        for _ in range(20):  # then the name may be a new one
-            if store.check([answer]) and store.get(answer).decode() == mine:
+    unique, end = uuid.uuid4().hex, time.monotonic() + timeout
+    if rank == 0:  # it is the attempt's name
+        store.set("attempt", unique)
+        for other in range(1, count):  # get waits for the token
+            store.set(f"{unique} echo {other}", store.get(f"{unique} token {other}"))
+        return dist.PrefixStore(unique, store)
+    while time.monotonic() < end:  # it is the token
+        attempt = store.get("attempt").decode()  # waits until there is one
+        store.set(f"{attempt} token {rank}", unique)
+        echo = f"{attempt} echo {rank}"
+        for _ in range(20):  # after 0.2 s, the name is read again
+            if store.check([echo]) and store.get(echo).decode() == unique:
                 return dist.PrefixStore(attempt, store)
             time.sleep(0.01)
-    raise dist.DistStoreError("no answer from the first process")
+    raise dist.DistStoreError("no echo from the first process")
 
 
 def cores():
-    """→ how many cores this process may use, if all processes of the machine share them"""
+    """→ this process's share of the machine's cores"""
     has_affinity = hasattr(os, "sched_getaffinity")
     count = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -95,6 +103,12 @@ def are_several():
     return rank_and_count()[1] > 1
 
 
+def enter():
+    """Tells the others that this process enters the next message: see name_who_hangs."""
+    Links.messages += 1
+    Links.store.set(f"entered {dist.get_rank()}", f"{Links.messages} {time.time()}")
+
+
 def sum_over_processes(loss, grads):
     """Adds up the gradients of all processes, in place. → the sum of their losses. One message."""
     flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
@@ -107,13 +121,15 @@ def sum_over_processes(loss, grads):
 def add_up(tensor):
     """Adds up a tensor of all processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, group=Links.gpus if tensor.is_cuda else None)
+        enter()
+        dist.all_reduce(tensor, group=Links.nccl_group if tensor.is_cuda else None)
 
 
 def largest(numbers):
-    """A number, or a list of them → the largest of the processes', at each place"""
+    """→ the largest of all processes' numbers; of lists, place by place"""
     numbers = torch.tensor(numbers, dtype=torch.float64)
     if dist.is_initialized():
+        enter()
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return numbers.tolist()
 
@@ -122,6 +138,7 @@ def gather(value):
     """→ the values of all processes, in their order"""
     values = [value] * rank_and_count()[1]
     if dist.is_initialized():
+        enter()
         dist.all_gather_object(values, value)
     return values
 
@@ -130,12 +147,12 @@ def check_same_everywhere(value):
     """Raises ValueError in all processes if `value` is not the same in all of them."""
     values = gather(value)
     if any(other != values[0] for other in values):
-        what = "arguments, data, weights or the checkpoint they found"
-        raise ValueError(f"the processes differ in {what}")
+        what = "the processes differ in arguments, data, weights or checkpoint"
+        raise ValueError(f"{what}; give all of them the same")
 
 
 def check_shared(directory, found):
-    """Raises ValueError in all processes if not all of them found the same in a directory.
+    """Raises ValueError in all processes if they found different things in `directory`.
 
     found: what this process found, in words
     """
@@ -143,11 +160,11 @@ def check_shared(directory, found):
     for rank, other in enumerate(all_found):
         if other != all_found[0]:
             what = f"process 0 finds {all_found[0]} there, process {rank} {other}"
-            advice = "it must be on a disk that all machines share"
+            advice = "the directory must be on a disk that all machines share"
             raise ValueError(f"--output-dir {directory}: {what}; {advice}")
 
 
-# Windows lacks some of them.
+# Windows lacks SIGHUP and SIGUSR1.
 STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 SAVING = getattr(signal, "SIGUSR1", None)
 
@@ -172,15 +189,15 @@ class Signals:
 
     def receive_stop(self, number, frame):
         """The first signal is remembered. A second one ends the program at once; with several
-        processes it is ignored, because torchrun repeats what they already got."""
+        processes it is ignored, because torchrun sends them the same signal again."""
         rank, count = rank_and_count()
-        self.stop = number
+        self.stop = Links.stopped = number
         for each in STOPPING:
             if signal.getsignal(each) == self.receive_stop:
                 signal.signal(each, signal.SIG_IGN if count > 1 else signal.SIG_DFL)
         if rank == 0:
-            again = "; again to stop at once" if count == 1 else ""
-            what = "stopping after this update, or this evaluation and an update"
+            again = "; a second signal stops at once" if count == 1 else ""
+            what = "stopping after this update (or after this evaluation and one update)"
             with suppress(OSError):  # whoever read stderr may have got the signal too
                 os.write(2, f"\n{what}{again}\n".encode())
 
@@ -196,6 +213,7 @@ class Signals:
 def exit_after_signal(number, step, output_dir):
     """Ends the program after signal `number`, as soon as all processes call this."""
     if dist.is_initialized():
+        enter()
         dist.barrier()  # the first to end makes torchrun end the others
     continues = f"--resume continues from {output_dir}/checkpoint-{step}"
     try:
@@ -214,36 +232,46 @@ def close():
 def exit_together(error, program, out_of_memory):
     """commands.exit_with, for one of several processes.
 
-    Where several of them fail, only the first one should tell. The others wait here, until torchrun
-    ends them. So does one with a RuntimeError, which may come from a message that another process
-    failed to send.
+    If several fail, only process 0 tells of its error. The others wait here until torchrun ends
+    them. Process 0 waits too after a RuntimeError, because another process may have caused it.
     """
     rank, count = rank_and_count()
-    text = str(error).lower() if count > 1 else ""  # gloo has no classes for its errors
-    is_late, is_lost = "timed out" in text, "connection" in text
-    if is_late:
-        tell_who_hangs(rank, count)
-    if rank or (count > 1 and isinstance(error, RuntimeError)):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    may_come_from_others = count > 1 and isinstance(error, RuntimeError)
+    text = str(error).lower() if may_come_from_others else ""  # gloo has one class for all errors
+    timed_out = "timed out" in text
+    if may_come_from_others and Links.stopped:  # torchrun ends this process, because of another
+        sys.exit(128 + Links.stopped)
+    if timed_out:
+        name_who_hangs(rank, count, program)
+    if rank or may_come_from_others:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's then ends this process
         time.sleep(10)
-    if isinstance(error, RuntimeError) and (is_late or is_lost):
+    if timed_out or "connection" in text:
         error = ConnectionError("lost the connection to another process, which failed first")
     named = f"{program}: process {rank}" if rank else program
     commands.exit_with(error, named, out_of_memory)
 
 
-def tell_who_hangs(rank, count):
+def name_who_hangs(rank, count, program):
     """Ends the program with a message that names the processes which do not answer.
 
-    It returns in all processes but the first of those that wait for an answer.
+    Of the processes that notice, only the first one does that. In the others this returns.
     """
     Links.store.set(f"waits {rank}", "")
-    time.sleep(max(2, Links.timeout / 10))  # the others notice a little later
-    waiting = [each for each in range(count) if Links.store.check([f"waits {each}"])]
-    if rank > waiting[0]:
+    keys = [f"entered {each}" for each in range(count)]
+    entered = [Links.store.get(key).decode() if Links.store.check([key]) else "0 0" for key in keys]
+    messages, times = zip(*((int(n), float(t)) for n, t in map(str.split, entered)), strict=True)
+    silent = [each for each in range(count) if messages[each] < messages[rank]]
+    if not silent:  # one hangs inside this message; by then, all others have noticed too
+        late = max(times) + Links.timeout + 2 - time.time()
+        time.sleep(max(0, min(late, Links.timeout)))
+        silent = [each for each in range(count) if not Links.store.check([f"waits {each}"])]
+    if Links.store.add("told", 1) > 1:
         return
-    silent = [str(each) for each in range(count) if each not in waiting] or ["another process"]
-    what = f"no answer from process {', '.join(silent)} for {Links.timeout} s"
-    advice = "--resume continues from the last checkpoint; if it was only slow, give --timeout more"
-    commands.ErrorOutput().write(f"\ntrain.py: error: {what}; {advice}\n")  # perhaps beside a bar
-    os._exit(2)  # sys.exit could wait for a message on the GPU
+    what = f"no answer from process {', '.join(map(str, silent))} for {Links.timeout} s"
+    if not silent:
+        what = f"all processes wait for one another since {Links.timeout} s"
+    advice = "--resume continues from the newest checkpoint; if it was only slow, raise --timeout"
+    # A progress bar may stand in this line.
+    commands.ErrorOutput().write(f"\n{program}: error: {what}; {advice}\n")
+    os._exit(2)  # sys.exit could wait forever for a message on the GPU

@@ -1,64 +1,66 @@
-"""The text of an answer, piece by piece, while its ids are generated."""
+"""The text of an answer, part by part, while its ids are generated."""
+
+INCOMPLETE = "\ufffd"  # what bytes become that are no whole character
 
 
 class TextOfIds:
-    """Decodes ids that come one by one. Each id is decoded once. Those of a character that is not
-    complete yet are decoded together with the next one."""
+    """Decodes ids that come one by one. An id is decoded once, unless its character is incomplete:
+    then again, with the next id."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.pending = []  # ids that no text was given for
-        self.is_inside = False  # whether ordinary pieces of the same text stand before `pending`
+        self.pending = []  # ids whose text was not returned yet
+        self.follows_piece = False  # whether `pending` continues a text
 
     def add(self, id):
-        """→ the text that is complete now: tokenizer.decode of all ids, without what was given"""
+        """→ the text that this id completes. All of them together are tokenizer.decode of all."""
         self.pending.append(id)
         text = self._decode_pending()
-        if not text or text.endswith("\ufffd"):
+        if not text or text.endswith(INCOMPLETE):
             return ""
         self.pending = []
-        self.is_inside = 0 <= id < self.tokenizer.pieces.get_piece_size()
+        self.follows_piece = 0 <= id < self.tokenizer.pieces.get_piece_size()
         return text
 
     def end(self):
         """→ the text of the last ids, without an incomplete character"""
-        return self._decode_pending().rstrip("\ufffd")
+        return self._decode_pending().rstrip(INCOMPLETE)
 
     def _decode_pending(self):
-        if not self.is_inside:
+        if not self.follows_piece:
             return self.tokenizer.decode(self.pending)
-        # sentencepiece removes the first space of a text. So there is a newline in front of it.
+        # sentencepiece removes the first space of a text. So a newline is decoded in front of it.
         return self.tokenizer.decode([self.tokenizer.newline_id, *self.pending])[1:]
 
 
 def stream_text(assistant, new_ids, ids):
-    """Yields the pieces of text that `new_ids`, an iterable, add to the answer: Assistant.text_of.
+    """Yields an answer part by part, while `new_ids`, an iterable, generates its ids. Together the
+    parts are Assistant.text_of(ids).
 
-    A piece never holds a part of a character. Each id is also appended to the list `ids`. The first
-    line may be metadata, which is stripped: until its end, spaces are kept back.
+    A part never holds a piece of a character. Each id is also appended to the list `ids`. The first
+    line may be metadata, which is stripped: so its outer spaces are shown when the line has ended.
     """
-    decoder, is_first_line, text, shown = TextOfIds(assistant.tokenizer), True, "", 0
-    separator = ""  # what is between metadata and content
+    new_ids, texts, line, shown = iter(new_ids), TextOfIds(assistant.tokenizer), "", 0
+    for id in new_ids:  # the first line
+        ids.append(id)
+        line += texts.add(id)
+        if id == assistant.tokenizer.newline_id:
+            break
+        if not line[:1].isspace():
+            yield line.rstrip()[shown:]
+            shown = len(line.rstrip())
+    else:  # there is no other line
+        yield line[shown:] + texts.end()
+        return
+    yield assistant.text_of(ids)[shown:]
+    metadata, _ = assistant.split(ids)
+    separator = "\n" if metadata else ""
+    if metadata or not line.strip():  # data.split_answer then decodes the content on its own
+        texts = TextOfIds(assistant.tokenizer)
     for id in new_ids:
         ids.append(id)
-        piece = decoder.add(id)
-        if not is_first_line:
-            yield separator + piece if piece else ""
-            separator = "" if piece else separator
-            continue
-        text += piece
-        if id == assistant.tokenizer.newline_id:
-            is_first_line = False
-            metadata, _ = assistant.split(ids)
-            yield assistant.text_of(ids)[shown:]
-            if metadata or not text.strip():
-                decoder, separator = TextOfIds(assistant.tokenizer), "\n" if metadata else ""
-        elif not text[:1].isspace():
-            stripped = text.rstrip()
-            yield stripped[shown:]
-            shown = len(stripped)
-    rest = decoder.end()
-    if is_first_line:
-        yield text[shown:] + rest
-    elif rest:
-        yield separator + rest
+        if text := texts.add(id):
+            yield separator + text
+            separator = ""
+    if text := texts.end():
+        yield separator + text

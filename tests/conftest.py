@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = Path(os.environ.get("CHATGLM3_REFERENCE", ROOT.parent / "shared"))
 PERSONA = "现在你要扮演皇帝身边的女人--甄嬛"
+KILLS = int(os.environ.get("CHATGLM3_KILLS", "0"))  # how many a test makes; 0: a few
 torch.set_num_threads(1)  # the models of the tests are too small for several threads to help
 
 
@@ -216,15 +217,18 @@ def train_in_this_process(arguments, environment, log):
     train.main(arguments)
 
 
-def start_several(start, count, *arguments):
-    """Starts processes as torchrun would, but forked."""
+def start_several(start, count, *arguments, each=None):
+    """Starts processes as torchrun would, but forked. each: more arguments of each, or None"""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     common = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=str(count))
     common["TORCHELASTIC_RUN_ID"] = "test"
-    ranks = map(str, range(count))
-    return [start(*arguments, RANK=rank, LOCAL_RANK=rank, **common) for rank in ranks]
+    own = each or [[]] * count
+    return [
+        start(*arguments, *more, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank, more in enumerate(own)
+    ]
 
 
 def finish(process, code=0):

@@ -19,7 +19,7 @@ from conftest import ANSWER, FIXTURES, QUESTION, adapter_of, refused, refused_by
 import data
 import infer
 import model as chatglm
-from support import bases, errors
+from support import bases, config
 from support.config import ADAPTER_DIR, DTYPES
 
 UNFINISHED = (
@@ -88,27 +88,27 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(tmp_path, mon
 @pytest.mark.parametrize("where", ["directory", "config.json", "adapter"])
 def test_chatglm2_is_told_in_one_line(tmp_path, monkeypatch, capsys, where):
     """Its prompts have another format."""
-    errors._warn_once.cache_clear()
+    config._warn_once.cache_clear()
     base = shutil.copytree(
         FIXTURES / "tiny", tmp_path / ("ChatGLM2-6b" if where == "directory" else "base")
     )
     name = "THUDM/chatglm2-6b"
     if where == "config.json":
-        config = json.loads((base / "config.json").read_text()) | {"_name_or_path": name}
-        (base / "config.json").write_text(json.dumps(config))
+        content = json.loads((base / "config.json").read_text()) | {"_name_or_path": name}
+        (base / "config.json").write_text(json.dumps(content))
     for _ in range(2):
         path = bases.find_base(str(base))
         model = chatglm.load_model(path, "cpu")
         if where == "adapter":
-            config = json.loads((base / "adapter" / "adapter_config.json").read_text())
-            config["base_model_name_or_path"] = name
-            (base / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+            content = json.loads((base / "adapter" / "adapter_config.json").read_text())
+            content["base_model_name_or_path"] = name
+            (base / "adapter" / "adapter_config.json").write_text(json.dumps(content))
         chatglm.load_adapter(model, base / "adapter")
     assert capsys.readouterr().err.count("seems to be ChatGLM2") == 1
 
 
 def test_chatglm3_is_no_chatglm2(capsys):
-    errors._warn_once.cache_clear()
+    config._warn_once.cache_clear()
     bases.find_base(str(FIXTURES / "tiny"))
     chatglm.load_adapter(chatglm.load_model(FIXTURES / "tiny", "cpu"), FIXTURES / "tiny/adapter")
     assert "ChatGLM2" not in capsys.readouterr().err

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import (
+    KILLS,
     LONG,
     SHORT,
     contents,
@@ -74,6 +75,7 @@ def cut(tmp_path, done):
 
 @pytest.mark.parametrize("device, graphs", [("cpu", "--no-cuda-graphs"), *CUDA])
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device, graphs):
+    """CHATGLM3_KILLS=100 makes as many kills."""
     arguments = [*LONG, "--device", device, graphs, "--output-dir"]
     finish(start(*arguments, tmp_path / "warm-up"))
     directory = tmp_path / "undisturbed"
@@ -86,7 +88,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device,
     wanted = outcome(directory)
     moments = random.Random(0)
     resumed = in_saving = 0
-    for kill in range(20 if device == "cpu" else 8):
+    for kill in range(KILLS or 8):
         directory = tmp_path / str(kill)
         process = start(*arguments, directory)
         if kill % 4 == 0:  # at any time

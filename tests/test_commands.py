@@ -5,11 +5,18 @@ python -m pytest -q tests/test_commands.py
 
 import argparse
 import io
+import os
 import pickle
+import random
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import KILLS, ROOT, wait_for
 
 from support import commands, errors
 
@@ -58,12 +65,61 @@ def test_bytes_that_are_not_utf_8_are_refused():
         commands.check_utf8("fine", "a\udcff")
 
 
+# --- the terminal -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stdout_to_pipe(monkeypatch):
+    """stdout_to_pipe() → the descriptor that reads what is written to sys.stdout"""
+    reader, writer = os.pipe()
+    with open(writer, "w") as stdout:
+
+        def stdout_to_pipe():
+            monkeypatch.setattr(sys, "stdout", stdout)
+            return reader
+
+        yield stdout_to_pipe
+
+
 def test_a_character_that_the_terminal_lacks_becomes_a_question_mark(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
     commands.prepare_terminal()
     print("a甄", flush=True)
     assert raw.getvalue() == b"a?\n"
+
+
+def test_lines_are_written_at_once_into_a_pipe(stdout_to_pipe):
+    pipe = stdout_to_pipe()
+    os.set_blocking(pipe, False)
+    print("before")
+    with pytest.raises(BlockingIOError):  # nothing is there
+        os.read(pipe, 100)
+    commands.prepare_terminal()
+    print("after")
+    assert os.read(pipe, 100) == b"before\nafter\n"
+    os.close(pipe)
+
+
+def keep(number, frame):
+    """A handler that a program has set before."""
+
+
+HANDLERS = [
+    (signal.SIG_DFL, signal.default_int_handler),  # as the commands begin
+    (signal.SIG_IGN, signal.SIG_IGN),
+    (keep, keep),
+]
+
+
+@pytest.mark.parametrize("before, after", HANDLERS)
+def test_ctrl_c_is_an_exception_from_then_on_unless_it_is_ignored(before, after):
+    own = signal.signal(signal.SIGINT, before)
+    try:
+        commands.prepare_terminal()
+        assert signal.getsignal(signal.SIGINT) == after
+    finally:
+        signal.signal(signal.SIGINT, own)
 
 
 # --- the end of a command ---------------------------------------------------------------------
@@ -97,6 +153,103 @@ def test_a_bug_is_raised_again():
         with pytest.raises(type(bug)) as error:
             commands.exit_with(bug, "train.py", "")
         assert error.value is bug
+
+
+@pytest.mark.parametrize("end", ["\n", ""])  # written in the middle, or when all is done
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(stdout_to_pipe, capsys, end):
+    os.close(stdout_to_pipe())
+    with pytest.raises(SystemExit) as stop, commands.errors_for_user("train.py", ""):
+        print("nobody reads this", end=end)
+    assert stop.value.code == 128 + signal.SIGPIPE
+    print("nor this", flush=True)  # nor is it an error from now on
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_ends_a_command_without_a_word(capsys):
+    with pytest.raises(SystemExit) as stop, commands.errors_for_user("train.py", ""):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+def test_an_error_ends_a_command_with_the_lines_that_tell_it(capsys):
+    with pytest.raises(SystemExit) as stop, commands.errors_for_user("infer.py", "take less"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "infer.py: error: take less\n"
+
+
+def test_a_command_can_end_in_its_own_way(capsys):
+    told, error = [], ValueError("bad")
+    exit_with = lambda *arguments: told.append(arguments)  # noqa: E731
+    with commands.errors_for_user("train.py", "take less", exit_with):
+        raise error
+    assert told == [(error, "train.py", "take less")] and capsys.readouterr().err == ""
+    with pytest.raises(SystemExit) as stop, commands.errors_for_user("", "", exit_with):
+        sys.exit(3)
+    assert stop.value.code == 3 and len(told) == 1
+
+
+def test_a_bug_leaves_a_command_as_it_is():
+    bug = KeyError("x")
+    with pytest.raises(KeyError) as error, commands.errors_for_user("train.py", ""):
+        raise bug
+    assert error.value is bug
+
+
+# --- the commands, as a user starts them ------------------------------------------------------
+
+
+def start(script, *arguments):
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    return subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)], **options)
+
+
+def start_training(directory, steps):
+    return start("train.py", "--device", "cpu", "--max-steps", steps, "--output-dir", directory)
+
+
+def start_answering():
+    return start("infer.py", "--device", "cpu", "--no-adapter", "--prompt", "q", "--greedy")
+
+
+def wait_for_torch(process):
+    """Waits until a process imports torch."""
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "torch" in maps.read_text(), process)
+
+
+def test_head_ends_both_commands_without_a_word(tmp_path):
+    training, answering = start_training(tmp_path / "out", 3), start_answering()
+    assert training.stdout.readline()
+    for process in (training, answering):  # which has not even begun
+        process.stdout.close()
+    told = training.stderr.read()
+    assert training.wait() == 128 + signal.SIGPIPE and "Traceback" not in told, told
+    told = answering.stderr.read()
+    assert answering.wait() == 128 + signal.SIGPIPE and told.count("\n") == 1, told
+
+
+@pytest.mark.parametrize("number", range(max(2, KILLS)))
+def test_ctrl_c_while_python_imports(tmp_path, number):
+    """Before that Python itself starts, and then it prints a traceback of its own."""
+    process = start_answering() if number % 2 else start_training(tmp_path / "out", 10**6)
+    wait_for_torch(process)
+    time.sleep(random.uniform(0, 3))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err, (out, err)
+
+
+@pytest.mark.parametrize("script", ["train.py", "infer.py"])
+def test_ctrl_c_stays_ignored_where_it_was(tmp_path, script):
+    """A shell's script ignores it for what it starts in the background."""
+    command = ["bash", "-c", "trap '' INT; exec \"$@\"", "bash", sys.executable, ROOT / script]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE) as process:
+        wait_for_torch(process)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.kill()
 
 
 # --- messages ---------------------------------------------------------------------------------

@@ -131,6 +131,67 @@ def test_a_card_without_float8_is_told_in_one_line(tmp_path, monkeypatch, capsys
     assert "8.9" in line and "7.5" in line and "--load-in 4bit" in line
 
 
+# --- other accelerators -----------------------------------------------------------------------
+
+
+def pretend_accelerator(monkeypatch, kind):
+    """torch finds an accelerator of this kind, or none."""
+
+    def look(check_available=False):
+        assert check_available  # else torch names what it was built for
+        return kind and torch.device(kind)
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", look)
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_another_accelerator_is_taken_only_by_its_name(monkeypatch, kind):
+    pretend(monkeypatch, False, NO_GPU[0])
+    pretend_accelerator(monkeypatch, kind)
+    found = [devices.find_device(wanted) for wanted in (kind, "cpu", "auto")]
+    assert found == [kind, "cpu", "cpu"]
+    with pytest.raises(ValueError, match="^--device cuda: "):
+        devices.find_device("cuda")
+
+
+NOT_THERE = [  # (what torch finds, what is wanted, how it is shown, what there is)
+    (None, "mps", "mps", "cpu"),
+    ("cuda", "mps", "mps", "cpu and cuda"),
+    ("mps", "xpu", "xpu", "cpu and mps"),
+    (None, "gpu", "gpu", "cpu"),
+    (None, "cuda:0", "cuda:0", "cpu"),
+    (None, "a\nb", r"'a\nb'", "cpu"),
+]
+
+
+@pytest.mark.parametrize("found, wanted, shown, there", NOT_THERE)
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(
+    monkeypatch, found, wanted, shown, there
+):
+    pretend_accelerator(monkeypatch, found)
+    with pytest.raises(ValueError) as refusal:
+        devices.find_device(wanted)
+    what = "PyTorch finds no such device here"
+    assert str(refusal.value) == f"--device {shown}: {what}; there is {there}"
+
+
+def test_both_commands_refuse_another_accelerator_without_one_in_one_line(
+    tmp_path, monkeypatch, capsys
+):
+    pretend_accelerator(monkeypatch, None)
+    told = "error: --device mps: PyTorch finds no such device here; there is cpu"
+    line = refused(capsys, "--output-dir", tmp_path / "out", "--device", "mps")
+    assert line == f"train.py: {told}" and not (tmp_path / "out").exists()
+    line = refused_by_infer(capsys, "--no-adapter", "--prompt", "q", "--device", "mps")
+    assert line == f"infer.py: {told}"
+
+
+def test_fp8_needs_a_card_or_a_cpu():
+    devices.check_float8("cpu")
+    with pytest.raises(ValueError, match="^--load-in fp8 needs --device cuda or cpu, not mps$"):
+        devices.check_float8("mps")
+
+
 # --- attention for grouped heads --------------------------------------------------------------
 
 

@@ -6,9 +6,11 @@ python -m pytest -q tests/test_files.py
 import errno
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,41 @@ def test_deleting_a_link_spares_what_it_points_to(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["kept", "file"]
 
 
+def test_flushing_opens_files_for_writing_and_directories_for_reading(tmp_path, monkeypatch):
+    """Windows flushes nothing else."""
+    opened, flushed = {}, []
+    real_open = os.open
+
+    def open_and_note(path, flags):
+        descriptor = real_open(path, flags)
+        opened[descriptor] = (path, flags & (os.O_RDONLY | os.O_RDWR | os.O_WRONLY))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_note)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(opened[descriptor]))
+    (tmp_path / "file").write_text("kept")
+    files.flush_to_disk(tmp_path / "file")
+    files.flush_to_disk(tmp_path)
+    assert flushed == [(tmp_path / "file", os.O_RDWR), (tmp_path, os.O_RDONLY)]
+    assert (tmp_path / "file").read_text() == "kept"
+    for descriptor in opened:
+        with pytest.raises(OSError):  # they are closed
+            os.fstat(descriptor)
+
+
+def test_a_directory_that_cannot_be_opened_is_not_flushed(tmp_path, monkeypatch):
+    """Windows opens none. But every file must be flushed."""
+
+    def refuse(path, flags):
+        raise PermissionError(errno.EACCES, "denied", str(path))
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "open", refuse)
+    files.flush_to_disk(tmp_path)
+    with pytest.raises(PermissionError):
+        files.flush_to_disk(tmp_path / "file")
+
+
 # --- locks ------------------------------------------------------------------------------------
 
 HOLD = """
@@ -118,6 +155,25 @@ def test_a_lock_leaves_nothing_behind(lock):
     with pytest.raises(KeyError), locked(lock, "out"):
         raise KeyError
     assert list(lock.parent.iterdir()) == []
+
+
+def test_a_lock_that_is_deleted_only_when_nobody_holds_it(lock, monkeypatch):
+    """Windows deletes no file that is open."""
+    unlink, held = Path.unlink, []
+
+    def refuse_once(path, *rest, **options):
+        if not held:
+            with pytest.raises(ValueError), locked(path, "out"):  # it is not released yet
+                pytest.fail("two write")
+            held.append(path)
+            raise PermissionError(errno.EACCES, "it is open", str(path))
+        return unlink(path, *rest, **options)
+
+    with locked(lock, "out"):
+        monkeypatch.setattr(Path, "unlink", refuse_once)
+    assert held == [lock] and not lock.exists()
+    with locked(lock, "out"):
+        pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])

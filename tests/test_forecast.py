@@ -206,13 +206,13 @@ class Machine:
 
 
 def micro_batch(size, device="cpu"):
-    """`size` targets; sizes of up to four share a length"""
+    """`size` targets; sizes 4 to 7 share a length, 8 to 11 the next one, and so on"""
     length = size - size % 4
     shapes = ((0,), (2, length), (size,), (2, size))
     return data.MicroBatch(*(torch.ones(shape, device=device) for shape in shapes))
 
 
-def load(epoch, updates):  # as train.load_updates, but with lengths in place of indices
+def load(epoch, updates):  # as train.load_updates, but with sizes in place of indices
     return [SimpleNamespace(micro_batches=[*map(micro_batch, lengths)]) for lengths in updates]
 
 
@@ -257,7 +257,7 @@ def test_modes_are_those_of_cuda_graphs(device, max_graphs):
     batches = [micro_batch(size, device) for size in sizes]
     losses, modes = zip(*map(LoggedGraphs(max_graphs, device).run, batches), strict=True)
     assert [*losses] == [2 * size for size in sizes]
-    found = forecast.Modes(max_graphs).next(batch.shapes() for batch in batches)
+    found = forecast.Modes(max_graphs).of_next(batch.shapes() for batch in batches)
     assert found.count("new") == 2
     assert [mode.replace("new", "eager") for mode in found] == [*modes]
     assert modes.count("captured") == min(max_graphs, 6)
@@ -266,7 +266,7 @@ def test_modes_are_those_of_cuda_graphs(device, max_graphs):
 def test_modes_by_hand():
     shapes = "a1 a1 b1 a1 c2 b1 b1 c2 c2".split()
     for max_graphs, wanted in ((2, "ncerncree"), (96, "ncerncrcr"), (0, "neeeneeee")):
-        assert [mode[0] for mode in forecast.Modes(max_graphs).next(shapes)] == [*wanted]
+        assert [mode[0] for mode in forecast.Modes(max_graphs).of_next(shapes)] == [*wanted]
 
 
 # --- flags that fit ---------------------------------------------------------------------------

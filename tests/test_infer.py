@@ -278,29 +278,6 @@ def test_a_step_never_waits_for_the_device():
 # --- text -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def assistant(base, tokenizer):
-    return infer.Assistant(infer.Decoder(base), tokenizer)
-
-
-def test_the_stream_adds_up_and_never_shows_half_a_character(assistant, tokenizer):
-    answer = "ok 👋🏳️‍🌈 甄嬛 \n\n end"
-    ids = tokenizer.encode("\n") + tokenizer.encode(answer)
-    assert len(tokenizer.encode("👋")) > 3  # its bytes, one by one
-    parts = list(assistant.stream(ids, []))
-    assert "".join(parts) == answer and not any("\ufffd" in part for part in parts)
-    assert sum(bool(part) for part in parts) > 8
-    cut_short = ids[: ids.index(tokenizer.encode("👋")[1]) + 1]
-    assert "".join(assistant.stream(cut_short, [])) == "ok "
-
-
-def test_the_name_of_a_tool_is_shown_first(assistant, tokenizer):
-    ids, seen = tokenizer.encode("get_weather\n") + tokenizer.encode("call(city='北京')"), []
-    text = "".join(assistant.stream(ids, seen))
-    assert text == "get_weather\ncall(city='北京')" and seen == ids
-    assert assistant.split(ids) == ("get_weather", "call(city='北京')")
-
-
 NOTHING_TRAINED, WEATHER = {"names": [], "are_listed": False}, {"names": ["get_weather"]}
 FIRST_LINES = [  # (the first line, what is known of an adapter's tools, whether it is metadata)
     ("get_weather", {}, True),

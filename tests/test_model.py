@@ -254,6 +254,20 @@ def test_one_weight_that_is_not_finite_is_refused_by_name(checkpoint, value, lay
     assert f"in {name}; copy it again" in str(error.value)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_4bit_refuses_what_its_quantisation_would_lose(checkpoint, monkeypatch, value):
+    """On CUDA a NaN becomes one of the 16 values, and is gone."""
+    reason = "needs requirements-quantization.txt"
+    functional = pytest.importorskip("bitsandbytes", reason=reason).functional
+    quantize = functional.quantize_4bit
+    lossy = lambda A, *args, **options: quantize(A.nan_to_num(0, 0, 0), *args, **options)  # noqa: E731
+    monkeypatch.setattr(functional, "quantize_4bit", lossy)
+    chatglm.load_model(checkpoint, "cpu", load_in="4bit")
+    edit_weights(checkpoint, lambda weights: weights[QKV][3, 5].fill_(value))
+    with pytest.raises(ValueError, match=f"are not finite, in {QKV}; copy it again"):
+        chatglm.load_model(checkpoint, "cpu", load_in="4bit")
+
+
 def test_damaged_and_absent_files_are_refused(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

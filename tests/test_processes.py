@@ -11,9 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     LONG,
     ROOT,
@@ -30,6 +34,7 @@ from conftest import (
 )
 
 import model as chatglm
+from support import processes
 from support.checkpoints import is_intact, list_checkpoints
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -70,7 +75,7 @@ def test_a_second_signal_ends_at_once(tmp_path, start, number):
     wait_for((out / "metrics.jsonl").exists, process)
     time.sleep(1)
     os.kill(process.pid, number)
-    told = "stopping after this update, or this evaluation and an update; again to stop at once"
+    told = "(or after this evaluation and one update); a second signal stops at once"
     wait_for(lambda: told in process.log.read_text(), process)
     os.kill(process.pid, number)
     process.join(10)
@@ -230,3 +235,213 @@ def test_a_process_that_fails_alone_ends_the_others_with_its_message(tmp_path):
     assert result.returncode != 0 and not (tmp_path / "out").exists()
     assert result.stderr.count("train.py: ") == 1, result.stderr
     assert "train.py: process 1: error: 1.jsonl: No such file or directory" in result.stderr
+
+
+# --- attempts, which share a store ------------------------------------------------------------
+
+
+@pytest.fixture
+def store():
+    """What processes write into; here threads do."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=30))
+    return store
+
+
+def make_attempt(store, number, first_ranks, late_ranks):
+    """All processes of an attempt get their store. They must have that of the same attempt."""
+    count = len(first_ranks) + len(late_ranks)
+
+    def join(rank):
+        return processes.store_of_attempt(store, rank, count, 30)
+
+    with ThreadPoolExecutor(count) as pool:
+        waiting = [pool.submit(join, rank) for rank in first_ranks]
+        time.sleep(0.3)  # the others have then tried a name of the attempt before
+        assert not any(each.done() for each in waiting)
+        joined = [each.result() for each in [*waiting, *(pool.submit(join, r) for r in late_ranks)]]
+    joined[0].set("attempt of the store", str(number))
+    assert [each.get("attempt of the store") for each in joined] == [b"%d" % number] * count
+
+
+@pytest.mark.parametrize("late", [[0], [2, 1], [0, 1]])
+def test_each_attempt_has_a_store_of_its_own(store, late):
+    """Whoever comes late, and whatever the attempts before have left."""
+    first = [rank for rank in range(3) if rank not in late]
+    for number in range(3):
+        make_attempt(store, number, first, late)
+
+
+def test_an_attempt_that_died_early_misleads_nobody(store):
+    """Its first process answered one of the others, and was then killed."""
+    store.set("attempt", "dead")
+    for key in ("token 1", "echo 1", "token 2"):
+        store.set(f"dead {key}", "of a process that is dead")
+    make_attempt(store, 1, [1, 2], [0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("left", [[], ["attempt"]])
+def test_a_process_that_never_comes_is_not_waited_for_any_longer(store, rank, left):
+    for key in left:
+        store.set(key, "the name of an attempt before")
+    store.set_timeout(timedelta(seconds=0.5))
+    start = time.monotonic()
+    with pytest.raises(dist.DistStoreError):
+        processes.store_of_attempt(store, rank, 2, 0.5)
+    assert 0.4 < time.monotonic() - start < 10
+
+
+# --- what each of several processes has -------------------------------------------------------
+
+
+def test_one_process_agrees_with_itself():
+    value = ["found", 3]
+    assert processes.gather(value) == [value]
+    processes.check_same_everywhere(value)
+    processes.check_shared("out", "no checkpoint")
+
+
+def test_processes_that_differ_are_told(monkeypatch):
+    monkeypatch.setattr(processes, "gather", lambda value: ["no checkpoint"] * 2 + [value])
+    processes.check_shared("out", "no checkpoint")
+    processes.check_same_everywhere("no checkpoint")
+    with pytest.raises(ValueError) as told:
+        processes.check_shared("out", "checkpoint-4")
+    what = "process 0 finds no checkpoint there, process 2 checkpoint-4"
+    advice = "the directory must be on a disk that all machines share"
+    assert str(told.value) == f"--output-dir out: {what}; {advice}"
+    with pytest.raises(ValueError, match="^the processes differ in arguments, data, weights or"):
+        processes.check_same_everywhere("checkpoint-4")
+
+
+# --- how they fail ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """pretend(rank, count): this is one of several processes. → a list of what it then does"""
+    done = []
+
+    def exit_now(code):
+        raise SystemExit(code)
+
+    def pretend(rank, count):
+        monkeypatch.setattr(processes, "rank_and_count", lambda: (rank, count))
+        monkeypatch.setattr(signal, "signal", lambda *arguments: done.append(arguments))
+        monkeypatch.setattr(time, "sleep", lambda seconds: done.append(seconds))
+        monkeypatch.setattr(os, "_exit", exit_now)
+        return done
+
+    return pretend
+
+
+WAITS = [(signal.SIGTERM, signal.SIG_DFL), 10]  # until torchrun ends it
+
+
+def last_line(capsys, error):
+    """→ the one line that is told of an error. The exit code is 2."""
+    with pytest.raises(SystemExit) as stop:
+        processes.exit_together(error, "train.py", "take less")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    return line
+
+
+def test_the_first_of_several_processes_tells_of_an_error_before_the_others(pretend, capsys):
+    for count in (1, 3):
+        done = pretend(0, count)
+        assert last_line(capsys, ValueError("no data")) == "train.py: error: no data"
+        assert done == []
+    done = pretend(2, 3)
+    assert last_line(capsys, ValueError("no data")) == "train.py: process 2: error: no data"
+    assert done == WAITS
+
+
+LOST = "[../pair.cc:534] Connection closed by peer [127.0.0.1]:2187"
+
+
+@pytest.mark.parametrize("rank, name", [(0, "train.py"), (1, "train.py: process 1")])
+def test_a_lost_connection_is_told_in_one_line_if_nobody_else_tells(pretend, capsys, rank, name):
+    done = pretend(rank, 2)
+    what = "lost the connection to another process, which failed first"
+    assert last_line(capsys, RuntimeError(LOST)) == f"{name}: error: {what}"
+    assert done == WAITS
+
+
+@pytest.mark.parametrize("count, text, waits", [(1, LOST, []), (2, "a wrong shape", WAITS)])
+def test_a_bug_in_processes_is_raised_again(pretend, count, text, waits):
+    done, bug = pretend(0, count), RuntimeError(text)
+    with pytest.raises(RuntimeError) as error:
+        processes.exit_together(bug, "train.py", "")
+    assert error.value is bug and done == waits
+
+
+def test_an_error_of_the_user_s_is_no_lost_connection(pretend, capsys):
+    done = pretend(0, 2)
+    for text in ("connection.jsonl: no key", "timed out.jsonl: no key"):
+        assert last_line(capsys, ValueError(text)) == f"train.py: error: {text}"
+    assert done == []
+
+
+LATE = "[../unbound_buffer.cc:84] Timed out waiting 5000ms for recv operation to complete"
+
+
+@pytest.fixture
+def late(pretend, monkeypatch, store):
+    """late(entered, waiting) → what process 1 of 3, whose message timed out, then does
+
+    entered: how many messages each process has entered; waiting: who else has noticed
+    """
+
+    def late(entered, waiting):
+        monkeypatch.setattr(processes, "Links", SimpleNamespace(store=store, timeout=60, stopped=0))
+        for rank, count in enumerate(entered):
+            if count:
+                store.set(f"entered {rank}", f"{count} {time.time()}")
+        for rank in waiting:
+            store.set(f"waits {rank}", "")
+        return pretend(1, 3)
+
+    return late
+
+
+@pytest.mark.parametrize(
+    "entered, waiting, silent",
+    [
+        ([5, 5, 4], [], "2"),
+        ([0, 5, 4], [], "0, 2"),
+        ([5, 5, 6], [0], "2"),  # it hangs inside the message
+        ([5, 5, 5], [0], "2"),
+        ([5, 5, 5], [0, 2], None),
+    ],
+)
+def test_the_first_process_that_notices_names_those_that_hang(
+    late, capsys, entered, waiting, silent
+):
+    done = late(entered, waiting)
+    with pytest.raises(SystemExit) as stop:
+        processes.exit_together(RuntimeError(LATE), "train.py", "")
+    told = capsys.readouterr().err
+    what = f"no answer from process {silent} for 60 s"
+    what = what if silent else "all processes wait for one another since 60 s"
+    assert stop.value.code == 2 and told.count("\n") == 2
+    assert told.startswith(f"\ntrain.py: error: {what}; --resume continues from")
+    assert done == [] if min(entered) < 5 else 59 < done[0] <= 60  # until the others notice
+
+
+def test_the_other_processes_that_notice_are_silent_until_they_are_ended(late, capsys, store):
+    done = late([5, 5, 4], [0])
+    store.add("told", 1)  # another one did
+    what = "lost the connection to another process, which failed first"
+    assert last_line(capsys, RuntimeError(LATE)) == f"train.py: process 1: error: {what}"
+    assert done == WAITS and store.check(["waits 1"])
+
+
+def test_a_process_that_torchrun_ends_is_silent(late, capsys):
+    """Another one died. torchrun has sent SIGTERM already, which the loop remembered."""
+    done = late([5, 5, 5], [])
+    processes.Links.stopped = signal.SIGTERM
+    with pytest.raises(SystemExit) as stop:
+        processes.exit_together(RuntimeError(LOST), "train.py", "")
+    assert stop.value.code == 143 and capsys.readouterr().err == "" and done == []

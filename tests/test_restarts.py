@@ -10,12 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
-from conftest import ROOT, metrics_of, outcome
+from conftest import KILLS, ROOT, finish, metrics_of, outcome, start_several
 
-KILLS = int(os.environ.get("CHATGLM3_KILLS", "0"))
 FLAGS = (
     "--save-steps 4 --keep-checkpoints 2 --logging-steps 2 --eval-split 0.2 --eval-steps 4 "
     "--batch-size 2 --gradient-accumulation-steps 1 --lora-dropout 0.1 --device cpu --resume"
@@ -77,47 +75,40 @@ class Job:
 
 
 @pytest.mark.parametrize("count", [2, 4] if KILLS else [2])
-def test_workers_that_are_killed_cost_nothing(tmp_path, count):
-    kills = KILLS or 3
-    flags = ["--max-steps", 12 * kills]
-    undisturbed = Job(tmp_path / "undisturbed", count, 0, *flags)
-    undisturbed.finish()
-    job = Job(tmp_path / "killed", count, kills, *flags)
-    moments = itertools.cycle(("save", "start", "evaluation", "training"))
+def test_workers_that_die_or_hang_cost_nothing(tmp_path, start, count):
+    """Whatever a worker does when it is killed. The last one is stopped, and named."""
+    kills = KILLS or 2
+    flags = ["--max-steps", 12 * (kills + 1), "--timeout", 10]
+    undisturbed = tmp_path / "undisturbed"
+    for process in start_several(start, count, *FLAGS, *flags, "--output-dir", undisturbed):
+        finish(process)
+    job = Job(tmp_path / "disturbed", count, kills + 1, *flags)
+    moments = itertools.cycle(("save", "evaluation", "start", "training"))
     for attempt, moment in zip(range(kills), moments, strict=False):
         workers = job.workers(attempt)
         job.wait_until(moment)
         os.kill(workers[random.randrange(count)], signal.SIGKILL)
-    job.finish()
-    job.workers(kills)  # so many attempts there were
-    assert outcome(job.out) == outcome(undisturbed.out)
-    assert metrics_of(job.out)[-1]["step"] == 12 * kills
-
-
-def test_a_worker_that_hangs_is_named(tmp_path):
-    job = Job(tmp_path / "hangs", 2, 1, "--max-steps", 60, "--timeout", 5)
-    workers, rank = job.workers(0), random.randrange(2)
+    workers, rank = job.workers(kills), random.randrange(count)
     job.wait_until("training")
     os.kill(workers[rank], signal.SIGSTOP)
-    wanted = f"train.py: error: no answer from process {rank} for 5 s; --resume continues from"
     started = time.monotonic()
+    wanted = f"train.py: error: no answer from process {rank} for 10 s; --resume continues from"
     job.wait_for(lambda: wanted in job.log.read_text())
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 20
     os.kill(workers[rank], signal.SIGCONT)  # else torchrun waits for half a minute
-    told = job.finish()
-    assert told.count("no answer from process") == 1 and "Traceback" not in told
-    assert metrics_of(job.out)[-1]["step"] == 60
+    assert job.finish().count("no answer from process") == 1
+    job.workers(kills + 1)  # so many attempts there were
+    assert outcome(job.out) == outcome(undisturbed)
+    assert metrics_of(job.out)[-1]["step"] == 12 * (kills + 1)
 
 
-def test_machines_that_do_not_share_their_disk_are_told(tmp_path):
+def test_machines_that_do_not_share_their_disk_are_told(tmp_path, start):
     """Each process has a directory of its own, as on two machines."""
-    train = [sys.executable, str(ROOT / "train.py"), "--max-steps", "4", *FLAGS]
-    command = f"mkdir -p $RANK; cd $RANK; exec {' '.join(train)} --output-dir out"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-    launcher += ["--nproc-per-node", "2", "bash", "-c", command]
-    run = partial(subprocess.run, launcher, capture_output=True, text=True, cwd=tmp_path)
-    assert run().returncode == 0
-    again = run()
-    what = "--output-dir out: process 0 finds checkpoint-4 there, process 1 no checkpoint; it must"
-    assert again.returncode and what in again.stderr
-    assert again.stderr.count("train.py: ") == 1
+    for code in (0, 2):
+        directories = (["--output-dir", tmp_path / name] for name in "ab")
+        arguments = [*FLAGS, "--max-steps", 4]
+        processes = start_several(start, 2, *arguments, each=directories)
+        told = finish(processes[0], code)
+        processes[1].kill()  # torchrun would
+    what = "process 0 finds checkpoint-4 there, process 1 no checkpoint; the directory must be on"
+    assert f"error: --output-dir {tmp_path / 'a'}: {what} a disk that all machines share" in told

@@ -35,34 +35,39 @@ def shown_at_each_id(assistant, ids):
 
 # --- the pieces add up ------------------------------------------------------------------------
 
-TEXTS = ["ok 👋🏳️‍🌈 甄嬛 \n\n end", "get_weather\ncall(city='北京')", " lead", "  \n x", "two words  "]
+TEXTS = [
+    "\nok 👋🏳️‍🌈 甄嬛 \n\n end",
+    "get_weather\ncall(city='北京')",
+    " lead",
+    "  \n x",
+    "two words  ",
+]
 WITH_FFFD = ["a \ufffd b", "\ufffd", "x\ufffd\n"]  # the character that stands for wrong bytes
 
 
-def random_ids(tokenizer, draw):
-    """A few ids of any kind, or of texts, or some of both."""
+def kinds_of_ids(tokenizer):
     size = tokenizer.pieces.get_piece_size()
-    kinds = [
+    return [
         [id for id in range(300) if tokenizer.pieces.is_byte(id)],
         [id for id in range(size) if set(tokenizer.pieces.id_to_piece(id)) == {"▁"}],
         [tokenizer.newline_id],
+        [tokenizer.eos_id, tokenizer.pieces.unk_id()],
         list(tokenizer.special_names),
         range(size),
         range(tokenizer.vocab_size, tokenizer.vocab_size + 30),  # no piece has them
     ]
-    ids = []
-    for _ in range(draw.randrange(12)):
-        ids.append(draw.choice(draw.choice(kinds)))
-        if draw.random() < 0.15:
-            part = tokenizer.encode(draw.choice(TEXTS + WITH_FFFD))
-            ids += part[: draw.randrange(1, 30)]
-    return ids
 
 
 def test_the_pieces_of_any_ids_add_up(assistant):
-    draw = random.Random(0)
+    tokenizer, draw = assistant.tokenizer, random.Random(0)
+    kinds = kinds_of_ids(tokenizer)
+    assert all(kinds)
     for _ in range(3000):
-        ids, seen = random_ids(assistant.tokenizer, draw), []
+        ids, seen = [], []
+        for _ in range(draw.randrange(12)):
+            ids.append(draw.choice(draw.choice(kinds)))
+            if draw.random() < 0.15:
+                ids += tokenizer.encode(draw.choice(TEXTS + WITH_FFFD))[: draw.randrange(1, 30)]
         assert "".join(assistant.stream(iter(ids), seen)) == assistant.text_of(ids), ids
         assert seen == ids
 
@@ -122,13 +127,13 @@ def test_an_only_line_is_shown_whole(assistant):
 
 @pytest.mark.parametrize("text", ["some words of one line 甄嬛👋 ", "甄嬛 👋\n", "get_weather\n "])
 def test_an_id_is_decoded_a_few_times_however_long_the_answer_is(assistant, monkeypatch, text):
-    ids, counts = assistant.tokenizer.encode(text * 200), []
+    ids, counts = assistant.tokenizer.encode(text * 50), []
     decode = assistant.tokenizer.decode
     monkeypatch.setattr(
         assistant.tokenizer, "decode", lambda ids: counts.append(len(ids)) or decode(ids)
     )
     most = 6 * len(ids) + 100
-    assert "".join(assistant.stream(ids, [])).count("\n") == text.count("\n") * 200
+    assert "".join(assistant.stream(ids, [])).count("\n") == text.count("\n") * 50
     assert len(ids) < sum(counts) < most
     counts.clear()
     for count in range(len(ids)):  # as it would be if everything was decoded again

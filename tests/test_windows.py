@@ -4,54 +4,91 @@ python -m pytest -q tests/test_windows.py
 """
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 
-from conftest import LONG, ROOT, outcome, train_main, wait_for, write_jsonl
-from windows import paths_in_use
+import pytest
+import windows
+from conftest import LONG, ROOT, finish, outcome, train_main, wait_for, write_jsonl
 
+import infer
+import train
 from support.checkpoints import list_checkpoints
 
 FLAGS = [*LONG, "--eval-split", "0.2", "--eval-steps", "2", "--keep-checkpoints", "1"]
 FLAGS += ["--device", "cpu", "--output-dir"]
 
 
-def start(script, *arguments):
-    command = [sys.executable, ROOT / "tests" / "windows.py", script, *map(str, arguments)]
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, **options)
+def run_under_rules(script, arguments, log):
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    windows.impose()
+    {"train": train, "infer": infer}[script].main(arguments)
 
 
-def run(*arguments):
-    """→ what it printed"""
-    process = start(*arguments)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    return told
+@pytest.fixture
+def start(tmp_path):
+    """start("train" or "infer", *arguments) → a process, forked as in conftest.start"""
+
+    def start(script, *arguments):
+        context, log = multiprocessing.get_context("forkserver"), tmp_path / "log"
+        arguments = (script, [*map(str, arguments)], log)
+        process = context.Process(target=run_under_rules, args=arguments)
+        process.log = log
+        process.start()
+        return process
+
+    return start
 
 
-def test_train_kill_resume_answer_and_merge(tmp_path):
+def test_train_kill_resume_answer_and_merge(tmp_path, start):
     train_main(*FLAGS, tmp_path / "elsewhere")
     out = tmp_path / "out"
-    process = start("train.py", *FLAGS, out)
+    process = start("train", *FLAGS, out)
     wait_for(lambda: list_checkpoints(out), process)
     process.kill()
-    process.wait()
-    assert "resumed  " in run("train.py", *FLAGS, out, "--resume")
+    process.join()
+    assert "resumed  " in finish(start("train", *FLAGS, out, "--resume"))
     assert outcome(out) == outcome(tmp_path / "elsewhere")
     assert len(list_checkpoints(out)) == 1 and not [*out.glob("*.part")]
-    run("train.py", *FLAGS, out, "--overwrite", "--max-steps", "4")
+    finish(start("train", *FLAGS, out, "--overwrite", "--max-steps", 4))
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-4"]
     questions = write_jsonl(tmp_path / "q.jsonl", [{"instruction": "你好"}] * 3)
     answers, merged = tmp_path / "a.jsonl", tmp_path / "merged"
-    run("infer.py", "--adapter", out, "--input", questions, "--output", answers)
+    finish(start("infer", "--adapter", out, "--input", questions, "--output", answers))
     assert len([json.loads(line)["prediction"] for line in answers.open()]) == 3
     merged.mkdir()  # empty: it is replaced
-    run("infer.py", "--adapter", out, "--merge-to", merged)
+    finish(start("infer", "--adapter", out, "--merge-to", merged))
     assert (merged / "model.safetensors").exists()
 
 
-def test_the_rules_are_imposed(tmp_path):
-    (tmp_path / "used").mkdir()
-    with open(tmp_path / "used" / "file", "w"):
-        assert str(tmp_path / "used" / "file") in paths_in_use()
+def test_nothing_imports_what_is_not_there(tmp_path):
+    arguments = ["train.py", *FLAGS, tmp_path / "out", "--max-steps", "4"]
+    command = [sys.executable, ROOT / "tests" / "windows.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and list_checkpoints(tmp_path / "out"), done.stderr
+
+
+@pytest.mark.parametrize("forbidden", ["delete", "open", "rename", "replace", "flush"])
+def test_the_rules_are_imposed(tmp_path, forbidden):
+    """A process that breaks one of them ends with an error."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "file").touch()
+    code = f"""
+import os, sys, windows
+a, b, file = {str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, {str(tmp_path / "a" / "file")!r}
+windows.impose()
+opened = open(file)
+try:
+    dict(delete=lambda: os.unlink(file), open=lambda: os.open(a, os.O_RDONLY),
+         rename=lambda: os.rename(a, a + "c"), replace=lambda: os.replace(b, a),
+         flush=lambda: os.fsync(opened))["{forbidden}"]()
+except OSError:
+    sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests")
+    assert done.returncode == 3

@@ -29,7 +29,9 @@ def paths_in_use():
 
 
 def check_unused(path):
-    if ".lock" in os.path.basename(path):  # without fcntl, filelock uses tricks of Linux here
+    # filelock deletes open files where it finds neither fcntl nor Windows. tests/test_files.py
+    # tests what becomes of a lock file that can't be deleted.
+    if ".lock" in os.path.basename(path):
         return
     path = os.path.realpath(path) if not os.path.islink(path) else os.path.abspath(path)
     for used in paths_in_use():
@@ -81,9 +83,10 @@ def import_module(name, globals=None, *rest, **options):
 ROOT = str(Path(__file__).parents[1])
 plain_import = builtins.__import__
 unlink, os_open, fsync, open_file = os.unlink, os.open, os.fsync, builtins.open
-if __name__ == "__main__":
-    sys.modules["fcntl"] = None
-    builtins.__import__ = import_module
+
+
+def impose():
+    """Imposes the rules on this process, all but those on imports."""
     for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT"):
         delattr(signal, name)
     for name in ("sched_getaffinity", "fork", "statvfs"):
@@ -93,6 +96,12 @@ if __name__ == "__main__":
     os.unlink = os.remove = remove
     os.open, os.fsync = open_descriptor, flush
     os.rename, os.replace = guarded(os.rename, False), guarded(os.replace, True)
+
+
+if __name__ == "__main__":
+    sys.modules["fcntl"] = None
+    builtins.__import__ = import_module
+    impose()
     script = os.path.join(ROOT, sys.argv[1])
     sys.argv = [script, *sys.argv[2:]]
     sys.path[0] = os.path.dirname(script)

@@ -95,7 +95,8 @@ def audit(event, args):
     elif event in ("os.remove", "os.rmdir") and args[1] != -1:
         is_bad = False  # shutil.rmtree does it, whose own event came before
     elif re.match(CHANGES, event):
-        paths = [path for path in args[:2] if isinstance(path, str | bytes | os.PathLike)]
+        changed = args[1:2] if event.startswith("shutil.copy") else args[:2]
+        paths = [path for path in changed if isinstance(path, str | bytes | os.PathLike)]
         is_bad = not all(map(may_be_written, paths))
     else:
         is_bad = re.match(FORBIDDEN, event)

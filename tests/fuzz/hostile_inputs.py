@@ -361,7 +361,8 @@ NAMES = [read_message(value)[0][2] for number, _, value in FIELDS if number == P
 # What sentencepiece reads while it encodes and decodes.
 KNOWN = {
     PIECE: [TEXT, TEXT, SCORE, TYPE, TYPE, TYPE],
-    # model_type, vocab_size, byte_fallback and other flags; ids and names of <unk>, <s>, </s>, <pad>
+    # The kind of model, its size, flags such as byte_fallback; then ids and names of <unk>, <s>,
+    # </s>, <pad>.
     TRAINER: [(number, VARINT) for number in (3, 3, 4, 24, 26, 35, 40, 41, 42, 43)]
     + [(number, BYTES) for number in (7, 30, 31, 36, 44, 45, 46, 47, 48)],
     NORMALIZER: [(1, BYTES), (2, BYTES), (3, VARINT), (4, VARINT), (5, VARINT), (6, BYTES)],
@@ -390,9 +391,8 @@ def vocabularies(draw):
     for _ in range(draw(st.integers(1, 4))):
         pieces = [i for i, (number, *_) in enumerate(fields) if number == PIECE] or [0]
         others = [i for i, (number, *_) in enumerate(fields) if number != PIECE] or [0]
-        of_note = st.sampled_from(PIECES_OF_NOTE).map(lambda i: i % len(pieces))
-        any_piece = of_note | of_note | st.integers(0, len(pieces) - 1)
-        i = draw(any_piece.map(pieces.__getitem__) | st.sampled_from(others))
+        of_note = st.sampled_from([pieces[i % len(pieces)] for i in PIECES_OF_NOTE])
+        i = draw(of_note | of_note | st.sampled_from(pieces) | st.sampled_from(others))
         if not fields:
             break
         actions = ["set", "set", "set", "set", "drop", "repeat", "move"]
@@ -434,7 +434,7 @@ rarely = mostly(st.just(False), st.just(True))
 
 # With the built-in model's vocabulary, but few weights, so that the commands are fast.
 SMALL_CONFIG = json.loads((BUILT_IN / "config.json").read_text())
-SMALL_CONFIG |= dict(num_layers=2, hidden_size=16, ffn_hidden_size=24, kv_channels=8, seq_length=256)
+SMALL_CONFIG |= dict(num_layers=2, hidden_size=16, ffn_hidden_size=24, kv_channels=8)
 
 
 def small_state():
