@@ -175,6 +175,7 @@ def evaluate(model, dataset, batch_size, eval_step):
     for batch in eval_bar(data.eval_batches(dataset, batch_size, device.type == "cuda")):
         total += eval_step(batch.to(device), one)
     model.train()
+    total = total.cpu()  # this waits for the device
     processes.add_up(total)
     return total.item() / sum(dataset.supervised)
 

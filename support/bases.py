@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from support.checkpoints import list_checkpoints
 from support.config import ADAPTER_DIR, DTYPES, warn_of_chatglm2
-from support.devices import check_float8, find_device
+from support.devices import check_float8, dtype_of, find_device
 from support.errors import first_few
 from support.files import as_bytes, check_no_lfs_pointer, read_json
 
@@ -61,11 +62,18 @@ def resolve_base(name):
 def go_offline_without_hub():
     """If the hub does not answer within some seconds, switches its library to offline: files then
     come from its cache at once, instead of after half a minute of retries."""
+    answers = []
+
+    def ask():
+        with suppress(Exception):  # whatever the session's library raises
+            answers.append(get_session().head(constants.ENDPOINT, timeout=8))  # seconds
+
     if not constants.HF_HUB_OFFLINE:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=4)  # seconds
-        except Exception:  # whatever the session's library raises
-            constants.HF_HUB_OFFLINE = True
+        # A thread, because a name server that does not answer is waited for longer than that.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(8)
+        constants.HF_HUB_OFFLINE = not answers
 
 
 def find_base(model, adapter_dir=None, no_adapter=False):
@@ -125,7 +133,10 @@ def base_file(path, name):
 
 def own_dtype(path):
     """→ the name of the dtype that the base's config.json says, "auto" if it says none"""
-    config = read_json(base_file(path, "config.json"))
+    file = base_file(path, "config.json")
+    if file is None:
+        raise ValueError(f"{path}: no model here: it has no config.json")
+    config = read_json(file)
     own = f"torch.{config.get('torch_dtype', config.get('dtype'))}"
     return next((name for name, dtype in DTYPES.items() if str(dtype) == own), "auto")
 
@@ -133,9 +144,8 @@ def own_dtype(path):
 def loading_options(device, dtype, load_in):
     """What model.load_model takes → the arguments of from_pretrained. Raises ValueError."""
     device = find_device(device)
-    if dtype == "auto":
-        dtype = "fp16" if device == "cuda" else "fp32"
-    options = dict(device_map=device, dtype=DTYPES[dtype])
+    dtype = dtype_of(device, dtype)
+    options = dict(device_map=device, dtype=dtype)
     if load_in == "fp8":
         check_float8(device)
     if load_in != "4bit":
@@ -145,7 +155,7 @@ def loading_options(device, dtype, load_in):
         raise ValueError(f"--load-in {load_in} needs bitsandbytes: {install}")
     keep_nan_in_4bit()
     settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    settings["bnb_4bit_compute_dtype"] = DTYPES[dtype]
+    settings["bnb_4bit_compute_dtype"] = dtype
     return options | dict(quantization_config=BitsAndBytesConfig(**settings))
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from support.config import DTYPES
-from support.errors import one_line, printable
+from support.errors import escaped, one_line, printable
 from support.formats import RECORD_KEYS
 
 
@@ -63,6 +63,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if has_value else action.help
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Its messages are printable, whatever the command line holds."""
+
+    def error(self, message):
+        super().error(escaped(message))
+
+
 def number_of_blocks(text):
     """A type for argparse: all, off, auto, or a whole number."""
     if text in ("all", "off", "auto"):
@@ -77,7 +84,7 @@ def number_of_blocks(text):
 def new_parser(description, **options):
     """A parser for argparse. It takes no shortened flags, and its help shows defaults."""
     options |= dict(allow_abbrev=False, formatter_class=HelpFormatter)
-    return argparse.ArgumentParser(description=description, **options)
+    return ArgumentParser(description=description, **options)
 
 
 def add_device_flags(add, dtype="of the base and autocast; auto: fp16 on CUDA, else fp32"):
@@ -183,7 +190,7 @@ def exit_with(error, program, out_of_memory):
     elif not isinstance(error, ValueError | OSError):
         raise error
     for line in text.splitlines():
-        ErrorOutput().write(f"{program}: error: {line}\n")
+        ErrorOutput().write(f"{program}: error: {escaped(line)}\n")
     sys.exit(2)
 
 
@@ -193,6 +200,7 @@ def errors_for_user(program, out_of_memory, on_error=exit_with):
 
     Ctrl-C ends it without a word. So does a reader of stdout that has gone, such as head.
     """
+    was_default = signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     prepare_terminal()
     try:
         yield
@@ -204,6 +212,9 @@ def errors_for_user(program, out_of_memory, on_error=exit_with):
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         on_error(error, program, out_of_memory)
+    finally:
+        if was_default:  # Python's end shows no traceback either
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def announce_built_in_model(file):

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 
+from support.errors import escaped
 from support.files import LFS_POINTER, LFS_START
 
 # How files begin that are no text, and what is said of them.
@@ -28,24 +29,25 @@ def read_values(path):
 
     place: "file:line", or "file: record N" in a JSON list
     """
+    name = escaped(str(path))
     try:
         if path.is_char_device():  # /dev/zero would never end
             raise OSError("not a file")
         with open(path, "rb") as file:
             start = file.peek(64)
             if fault := next((NO_TEXT[head] for head in NO_TEXT if start.startswith(head)), None):
-                yield str(path), None, fault
-            elif path.suffix.lower() in DELIMITERS:
-                yield from _rows(path, file)
+                yield name, None, fault
+            elif delimiter := DELIMITERS.get(path.suffix.lower()):
+                yield from _rows(name, file, delimiter)
             elif start.removeprefix(BOM).lstrip().startswith(b"["):
-                yield from _elements(path, file)
+                yield from _elements(name, file)
             else:
-                yield from _lines(path, file)
+                yield from _lines(name, file)
     except OSError as error:
-        yield str(path), None, f"{error.strerror or error}; check the path"
+        yield name, None, f"{error.strerror or error}; check the path"
 
 
-def _lines(path, file):
+def _lines(name, file):
     """JSONL. If the first line is not JSON, tells whether the whole file is one object."""
     numbered = enumerate(file, 1)
     first_number, first = next((each for each in numbered if each[1].strip()), (1, b""))
@@ -53,22 +55,22 @@ def _lines(path, file):
     rest = file.readlines() if fault else file
     if fault and rest and not _parse(b"".join((first, *rest)))[1]:
         what = "one object over several lines; use a list of objects, or one object a line"
-        yield f"{path}:{first_number}", None, what
+        yield f"{name}:{first_number}", None, what
         return
     for number, line in enumerate(itertools.chain((first,), rest), first_number):
         if line.strip():
             value, fault = _parse(line)
-            yield f"{path}:{number}", value, fault
+            yield f"{name}:{number}", value, fault
 
 
-def _elements(path, file):
+def _elements(name, file):
     """A JSON list. The text is in memory as a whole, but only one parsed element at a time."""
     content = file.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        yield f"{path}:{line}", None, NOT_UTF8
+        yield f"{name}:{line}", None, NOT_UTF8
         return
     del content
     decoder, space = json.JSONDecoder(), re.compile(r"[ \t\n\r]*")
@@ -84,7 +86,7 @@ def _elements(path, file):
         while character != "]":
             value, position = decoder.raw_decode(text, position)
             number += 1
-            yield f"{path}: record {number}", value, None
+            yield f"{name}: record {number}", value, None
             position, character = after_space(position)
             if character == ",":
                 position, _ = after_space(position + 1)
@@ -96,18 +98,18 @@ def _elements(path, file):
     except (ValueError, RecursionError) as error:
         end = error.pos if isinstance(error, json.JSONDecodeError) else position
         line = text.count("\n", 0, end) + 1
-        yield f"{path}:{line}", None, _fault(error)
+        yield f"{name}:{line}", None, _fault(error)
 
 
-def _rows(path, file):
+def _rows(name, file, delimiter):
     """CSV and TSV: an object of strings for each row"""
     csv.field_size_limit(2**31 - 1)
     lines = (line.decode("utf-8" if i else "utf-8-sig") for i, line in enumerate(file))
-    rows = csv.reader(lines, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     header, number = None, 1  # number: the line on which the next row begins
     try:
         for row in rows:
-            place, number = f"{path}:{number}", rows.line_num + 1
+            place, number = f"{name}:{number}", rows.line_num + 1
             if not row:
                 continue
             if header is None:
@@ -123,9 +125,9 @@ def _rows(path, file):
             else:
                 yield place, dict(zip(header, row, strict=True)), None
     except UnicodeDecodeError:
-        yield f"{path}:{rows.line_num + 1}", None, NOT_UTF8
+        yield f"{name}:{rows.line_num + 1}", None, NOT_UTF8
     except csv.Error as error:
-        yield f"{path}:{number}", None, f"not usable CSV ({error})"
+        yield f"{name}:{number}", None, f"not usable CSV ({error})"
 
 
 def _fault_of_header(header, delimiter):

@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch.nn.attention import SDPBackend
 
+from support.config import DTYPES
 from support.errors import printable
 
 
@@ -38,6 +39,11 @@ def find_device(wanted):
     if wanted == "cuda":
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     return "cpu"
+
+
+def dtype_of(device, name):
+    """auto, fp16, bf16 or fp32 → the torch.dtype of a base on this device"""
+    return DTYPES[("fp16" if device == "cuda" else "fp32") if name == "auto" else name]
 
 
 def check_float8(device):
@@ -74,5 +80,8 @@ def attention_kernel(model):
     options = dict(dtype=model.dtype, device=model.device, requires_grad=True)
     q = torch.empty(1, heads, 64, config.kv_channels, **options)
     k = torch.empty(1, groups, 64, config.kv_channels, **options)
-    choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=is_grouped)
+    try:
+        choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=is_grouped)
+    except NotImplementedError:  # on mps, for example
+        return "default"
     return SDPBackend(choice).name.lower().replace("_", " ")

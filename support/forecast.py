@@ -133,18 +133,19 @@ def measure(run_items, shapes, modes, device):
     return costs._replace(new=cost_of("new", first, costs, costs.eager))
 
 
-def cost_of(mode, measured, costs, least):
+def cost_of(mode, measured, costs, otherwise):
     """→ the seconds of one micro-batch in this mode: the median over the items that have it
 
-    measured: [(seconds, the modes of an item's micro-batches)]; costs: of the other modes; least:
-    the cost if no item has this mode, or noise makes it less
+    measured: [(seconds, the modes of an item's micro-batches)]; costs: of the other modes;
+    otherwise: the cost if no item has this mode
     """
     found = [
         (seconds - costs.of(other for other in ran if other != mode)) / ran.count(mode)
         for seconds, ran in measured
         if mode in ran
     ]
-    return max(least, statistics.median(found)) if found else least
+    # Noise can't make it cheaper than a replay.
+    return max(costs.replayed, statistics.median(found)) if found else otherwise
 
 
 def seconds_of_training(run, load, run_update, max_graphs):
@@ -197,6 +198,9 @@ def seconds_of_evaluations(run, batches, eval_step, max_graphs):
     """
     device, one = run.device, torch.ones((), device=run.device)
     all_shapes = [batch.shapes() for batch in batches]
+    if not all_shapes:  # other processes have more
+        measure(lambda: iter(()), [], Modes(max_graphs), device)  # these wait for this one
+        return 0
     numbers = {*middles(range(len(all_shapes)), 4 * MOST_MEASURED)}
     measured = [batch for number, batch in enumerate(batches) if number in numbers]
 

@@ -4,8 +4,9 @@ import json
 import shlex
 
 from support.config import dtype_name
-from support.devices import find_device
+from support.devices import dtype_of, find_device
 from support.errors import one_line, printable
+from support.processes import rank_and_count
 from support.run_args import flag_of
 from support.train_flags import LORA, NOT_OF_THE_RUN, defaults
 
@@ -29,6 +30,7 @@ MAY_CHANGE = (
     "tensorboard",
     "eval_data",
 )
+SAMPLES_PER_UPDATE = "--batch-size × --gradient-accumulation-steps × processes"
 DIGESTS = ("--model", "--data", "--eval-data")  # their values are digests, which no message shows
 
 
@@ -40,7 +42,7 @@ def run_identity(run):
         | {
             "--device": run.device.type,
             "--dtype": dtype_name(run.model.dtype),
-            "--batch-size × --gradient-accumulation-steps × processes": run.samples_per_update,
+            SAMPLES_PER_UPDATE: run.samples_per_update,
             "--model": run.args.base,
         }
     )
@@ -64,6 +66,10 @@ def check_before_loading(args, dataset, eval_set, checkpoint):
         raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
     if checkpoint:
         identity = _identity_of_flags(args) | _identity_of_data(dataset, eval_set)
+        identity["--device"] = find_device(args.device)
+        identity["--dtype"] = dtype_name(dtype_of(identity["--device"], args.dtype))
+        per_process = args.batch_size * args.gradient_accumulation_steps
+        identity[SAMPLES_PER_UPDATE] = per_process * rank_and_count()[1]
         for name in LORA if args.init_adapter else ():  # they are read later: take_lora_flags
             del identity[flag_of(name)]
         check_same_run(checkpoint, identity)

@@ -41,6 +41,8 @@ def start(device, timeout):
             what = "torchrun started more processes than this machine has GPUs"
             raise ValueError(f"{what}; give --nproc-per-node {gpus}")
         torch.cuda.set_device(local_rank)
+    elif find_device(device) != "cpu":
+        raise ValueError(f"--device {device}: several processes need cuda or cpu")
     wait, Links.timeout = timedelta(seconds=timeout), timeout
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=wait))
@@ -48,7 +50,7 @@ def start(device, timeout):
         options = dict(store=Links.store, rank=rank, world_size=count, timeout=wait)
         dist.init_process_group("gloo", **options)
     except dist.DistError as error:
-        what = f"the processes could not connect within {timeout} s ({one_line(error)})"
+        what = f"the processes can't connect ({one_line(error)})"
         raise ValueError(f"{what}; read what the others print, or raise --timeout") from error
     if is_cuda:
         # NCCL's timeout aborts the program without a message. So it is twice as long: gloo's
@@ -67,23 +69,28 @@ def store_of_attempt(store, rank, count, timeout):
     When a process dies, torchrun starts all of them again, and the store still has the addresses of
     the dead ones. So the first process makes up a name for the attempt. Each of the others writes a
     token under the name that it reads, and the first process repeats it. A process that read an old
-    name gets no echo, and reads the name again. Raises dist.DistError after `timeout` seconds.
+    name gets no echo, and reads the name again. Raises ValueError with the process that does not
+    come within `timeout` seconds.
     """
-    unique, end = uuid.uuid4().hex, time.monotonic() + timeout
-    if rank == 0:  # it is the attempt's name
-        store.set("attempt", unique)
-        for other in range(1, count):  # get waits for the token
-            store.set(f"{unique} echo {other}", store.get(f"{unique} token {other}"))
-        return dist.PrefixStore(unique, store)
-    while time.monotonic() < end:  # it is the token
-        attempt = store.get("attempt").decode()  # waits until there is one
-        store.set(f"{attempt} token {rank}", unique)
-        echo = f"{attempt} echo {rank}"
-        for _ in range(20):  # after 0.2 s, the name is read again
-            if store.check([echo]) and store.get(echo).decode() == unique:
-                return dist.PrefixStore(attempt, store)
-            time.sleep(0.01)
-    raise dist.DistStoreError("no echo from the first process")
+    unique, end, missing = uuid.uuid4().hex, time.monotonic() + timeout, 0
+    try:
+        if rank == 0:  # `unique` is the attempt's name
+            store.set("attempt", unique)
+            for missing in range(1, count):  # get waits for the token
+                store.set(f"{unique} echo {missing}", store.get(f"{unique} token {missing}"))
+            return dist.PrefixStore(unique, store)
+        while time.monotonic() < end:  # it is the token
+            attempt = store.get("attempt").decode()  # waits until there is one
+            store.set(f"{attempt} token {rank}", unique)
+            echo = f"{attempt} echo {rank}"
+            for _ in range(20):  # after 0.2 s, the name is read again
+                if store.check([echo]) and store.get(echo).decode() == unique:
+                    return dist.PrefixStore(attempt, store)
+                time.sleep(0.01)
+    except dist.DistStoreError:
+        pass
+    what = f"process {missing} has not started within {timeout} s"
+    raise ValueError(f"{what}; look what it prints, or raise --timeout")
 
 
 def cores():
@@ -177,7 +184,7 @@ class Signals:
     """
 
     def __init__(self):
-        self.stop = self.save = 0  # the number of the signal; 0: none came
+        self.stop = self.save = Links.stopped = 0  # the number of the signal; 0: none came
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.receive_stop)
@@ -236,17 +243,20 @@ def exit_together(error, program, out_of_memory):
     them. Process 0 waits too after a RuntimeError, because another process may have caused it.
     """
     rank, count = rank_and_count()
+    if dist.is_torchelastic_launched() and not dist.is_initialized():  # still in `start`
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     may_come_from_others = count > 1 and isinstance(error, RuntimeError)
     text = str(error).lower() if may_come_from_others else ""  # gloo has one class for all errors
     timed_out = "timed out" in text
-    if may_come_from_others and Links.stopped:  # torchrun ends this process, because of another
+    is_lost = timed_out or "connection" in text
+    if is_lost and Links.stopped:  # torchrun ends this process, because another one died
         sys.exit(128 + Links.stopped)
-    if timed_out:
+    if timed_out and Links.store:
         name_who_hangs(rank, count, program)
     if rank or may_come_from_others:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's then ends this process
         time.sleep(10)
-    if timed_out or "connection" in text:
+    if is_lost:
         error = ConnectionError("lost the connection to another process, which failed first")
     named = f"{program}: process {rank}" if rank else program
     commands.exit_with(error, named, out_of_memory)
@@ -270,8 +280,8 @@ def name_who_hangs(rank, count, program):
         return
     what = f"no answer from process {', '.join(map(str, silent))} for {Links.timeout} s"
     if not silent:
-        what = f"all processes wait for one another since {Links.timeout} s"
-    advice = "--resume continues from the newest checkpoint; if it was only slow, raise --timeout"
+        what = f"the processes have waited for one another for {Links.timeout} s"
+    advice = "--resume continues from the newest checkpoint; if that was only slow, raise --timeout"
     # A progress bar may stand in this line.
     commands.ErrorOutput().write(f"\n{program}: error: {what}; {advice}\n")
     os._exit(2)  # sys.exit could wait forever for a message on the GPU

@@ -74,9 +74,10 @@ class RecordReader:
                     wrong.append(f"{place}: {escaped(str(error))}")  # it may quote the record
                 except RecursionError:
                     wrong.append(f"{place}: not usable: lists or objects are nested too deeply")
+            name = escaped(str(file))
             if is_empty:
-                wrong = [f"{file}: it has no records"]
-            faults += [one_a_line(wrong, f"{file}: ")] if wrong else []
+                wrong = [f"{name}: it has no records"]
+            faults += [one_a_line(wrong, f"{name}: ")] if wrong else []
         for old in sorted(self.keys.keys() - self.renamed):
             if not (self.is_prompt and self.keys[old] in ANSWER_KEYS):  # questions may have none
                 faults.append(f"--keys {old}={self.keys[old]}: no record has the key {old!r}")

@@ -6,6 +6,7 @@ import shlex
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -154,7 +155,9 @@ def report_result(run):
     is_last = progress.best_loss is None or progress.best_step == progress.step
     last, which = ("", "it") if is_last else (", of the last update", "the best one")
     print(f"saved    {output_dir}/adapter_model.safetensors{last}; try {which}:")
-    infer = os.path.relpath(Path(__file__).parents[1] / "infer.py")
+    infer = Path(__file__).parents[1] / "infer.py"
+    with suppress(ValueError):  # Windows: on another drive
+        infer = os.path.relpath(infer)
     adapter = "" if saved == ADAPTER_DIR else f" --adapter {shlex.quote(saved)}"
     print(f'         python {infer}{adapter} --prompt "你是谁？"')
 

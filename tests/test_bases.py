@@ -85,6 +85,14 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(tmp_path, mon
         assert time.monotonic() - started < 10
 
 
+def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(bases.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(bases, "get_session", lambda: time.sleep(15))
+    started = time.monotonic()
+    bases.go_offline_without_hub()
+    assert bases.constants.HF_HUB_OFFLINE and time.monotonic() - started < 10
+
+
 @pytest.mark.parametrize("where", ["directory", "config.json", "adapter"])
 def test_chatglm2_is_told_in_one_line(tmp_path, monkeypatch, capsys, where):
     """Its prompts have another format."""
@@ -105,6 +113,11 @@ def test_chatglm2_is_told_in_one_line(tmp_path, monkeypatch, capsys, where):
             (base / "adapter" / "adapter_config.json").write_text(json.dumps(content))
         chatglm.load_adapter(model, base / "adapter")
     assert capsys.readouterr().err.count("seems to be ChatGLM2") == 1
+
+
+def test_a_base_without_a_configuration_has_no_dtype(tmp_path):
+    with pytest.raises(ValueError, match="no model here: it has no config.json"):
+        bases.own_dtype(str(tmp_path))
 
 
 def test_chatglm3_is_no_chatglm2(capsys):

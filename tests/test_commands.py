@@ -122,6 +122,12 @@ def test_ctrl_c_is_an_exception_from_then_on_unless_it_is_ignored(before, after)
         signal.signal(signal.SIGINT, own)
 
 
+def test_messages_about_flags_are_printable(capsys):
+    with pytest.raises(SystemExit):
+        commands.new_parser("a test").parse_args(["\x1b[2J\n"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: \\x1b[2J\\n\n")
+
+
 # --- the end of a command ---------------------------------------------------------------------
 
 

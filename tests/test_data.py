@@ -10,6 +10,7 @@ import torch
 from conftest import PERSONA, reference, write_jsonl
 
 import data
+import model as chatglm
 from data import IGNORE
 from support.reports import render
 
@@ -18,6 +19,16 @@ MESSAGES = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content"
 
 
 # --- against the official implementation ------------------------------------------------------
+
+
+def test_a_vocabulary_with_bytes_that_are_no_text_is_refused(tmp_path):
+    """Else an answer that has the piece could not be shown."""
+    raw = (chatglm.BUILT_IN / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(raw + b"\n\x03\n\x01\xff")  # one more piece
+    with pytest.raises(
+        ValueError, match="cannot read the vocabulary, its tokenizer.model: 'utf-8'"
+    ):
+        data.ChatGLMTokenizer(tmp_path)
 
 
 def test_golden_conversations(official_tokenizer):

@@ -107,3 +107,10 @@ def test_what_is_no_file(tmp_path):
     told = "No such file or directory; check the path"
     assert [*read_values(nowhere)] == [(str(nowhere), None, told)]
     assert [*read_values(tmp_path)] == [(str(tmp_path), None, "Is a directory; check the path")]
+
+
+def test_a_name_with_a_line_break_is_one_line(tmp_path):
+    (tmp_path / "a\nb.jsonl").write_text("{")
+    for name in ("a\nb.jsonl", "absent\n.csv"):
+        places = [place for place, _, fault in read_values(tmp_path / name) if fault]
+        assert len(places) == 1 and places[0].isprintable() and "\\n" in places[0]

@@ -291,6 +291,17 @@ def test_the_kernel_of_a_cpu_has_a_name(base):
         assert devices.attention_kernel(base) == "math"
 
 
+def test_a_device_without_a_choice_of_kernels_trains(tmp_path, monkeypatch, capsys):
+    """On mps, torch has no such function."""
+
+    def missing(*_, **__):
+        raise NotImplementedError("Could not run 'aten::_fused_sdp_choice'")
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", missing)
+    train_main("--output-dir", tmp_path, "--device", "cpu", "--max-steps", 1)
+    assert "attention: default kernel" in capsys.readouterr().out
+
+
 def test_training_tells_its_attention_kernel_before_the_first_update(tmp_path, capsys, base):
     train_main("--output-dir", tmp_path, "--device", "cpu", "--max-steps", 1)
     out = capsys.readouterr().out

@@ -181,9 +181,8 @@ class Machine:
     With graphs, Python gives work to the device, and goes on until `wait`.
     """
 
-    SECONDS = {"new": 0.05, "eager": 0.03, "captured": 0.02, "replayed": 0.002}
-
-    def __init__(self, max_graphs, monkeypatch=None):
+    def __init__(self, max_graphs, monkeypatch=None, captured=0.02):
+        self.seconds = dict(new=0.08, eager=0.03, captured=captured, replayed=0.002)
         self.graphs, self.clock, self.lengths = LoggedGraphs(max_graphs, "cpu"), 0.0, set()
         self.device_ends, self.device_seconds = 0.0, 0.01 if max_graphs else 0.0
         if monkeypatch:
@@ -198,7 +197,7 @@ class Machine:
         mode, length = self.graphs.run(batch)[1], batch.input_ids.shape
         is_new = mode == "eager" and self.graphs.max_graphs and length not in self.lengths
         self.lengths.add(length)
-        self.clock += self.SECONDS["new" if is_new else mode]
+        self.clock += self.seconds["new" if is_new else mode]
         if mode == "eager":
             self.device_ends = max(self.device_ends + self.device_seconds, self.clock)
         else:
@@ -218,8 +217,10 @@ def load(epoch, updates):  # as train.load_updates, but with sizes in place of i
 
 @pytest.mark.parametrize("max_graphs, tolerance", [(0, 1e-6), (96, 0.02), (3, 0.3)])
 @pytest.mark.parametrize("computed", [40, 1000])
-def test_the_time_counts_each_mode(monkeypatch, max_graphs, tolerance, computed):
-    machine, alone = Machine(max_graphs, monkeypatch), Machine(max_graphs)
+@pytest.mark.parametrize("captured", [0.02, 0.05])
+def test_the_time_counts_each_mode(monkeypatch, max_graphs, tolerance, computed, captured):
+    machine = Machine(max_graphs, monkeypatch, captured)
+    alone = Machine(max_graphs, captured=captured)
     monkeypatch.setattr(forecast, "MOST_COMPUTED", computed)
     epochs = [(i, [(5, 5), (5, 9), (7, 7), (9, 11), (13, 5), (5, 7), (13, 17)]) for i in range(20)]
     run = SimpleNamespace(device=CPU, total_steps=140, progress=SimpleNamespace(step=0))
@@ -248,6 +249,14 @@ def test_the_time_of_all_evaluations(monkeypatch, max_graphs):
         [*map(alone.run, batches)]
         alone.wait()
     assert told == pytest.approx(alone.clock, rel=0.05) and run.model.training
+
+
+@pytest.mark.parametrize("max_graphs", [0, 96])
+def test_a_process_without_a_micro_batch_forecasts_nothing(monkeypatch, max_graphs):
+    """Of several processes, some may have none of an evaluation."""
+    run = SimpleNamespace(device=CPU, total_steps=21, progress=SimpleNamespace(step=5))
+    run.eval_every, run.model = 2, torch.nn.Module()
+    assert forecast.seconds_of_evaluations(run, [], None, max_graphs) == 0
 
 
 @pytest.mark.parametrize("device", CPU_AND_CUDA)

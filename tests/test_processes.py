@@ -287,7 +287,7 @@ def test_a_process_that_never_comes_is_not_waited_for_any_longer(store, rank, le
         store.set(key, "the name of an attempt before")
     store.set_timeout(timedelta(seconds=0.5))
     start = time.monotonic()
-    with pytest.raises(dist.DistStoreError):
+    with pytest.raises(ValueError, match=f"process {1 - rank} has not started within 0.5 s; look"):
         processes.store_of_attempt(store, rank, 2, 0.5)
     assert 0.4 < time.monotonic() - start < 10
 
@@ -328,6 +328,7 @@ def pretend(monkeypatch):
 
     def pretend(rank, count):
         monkeypatch.setattr(processes, "rank_and_count", lambda: (rank, count))
+        monkeypatch.setattr(processes.Links, "stopped", 0)
         monkeypatch.setattr(signal, "signal", lambda *arguments: done.append(arguments))
         monkeypatch.setattr(time, "sleep", lambda seconds: done.append(seconds))
         monkeypatch.setattr(os, "_exit", exit_now)
@@ -424,7 +425,7 @@ def test_the_first_process_that_notices_names_those_that_hang(
         processes.exit_together(RuntimeError(LATE), "train.py", "")
     told = capsys.readouterr().err
     what = f"no answer from process {silent} for 60 s"
-    what = what if silent else "all processes wait for one another since 60 s"
+    what = what if silent else "the processes have waited for one another for 60 s"
     assert stop.value.code == 2 and told.count("\n") == 2
     assert told.startswith(f"\ntrain.py: error: {what}; --resume continues from")
     assert done == [] if min(entered) < 5 else 59 < done[0] <= 60  # until the others notice
@@ -445,3 +446,13 @@ def test_a_process_that_torchrun_ends_is_silent(late, capsys):
     with pytest.raises(SystemExit) as stop:
         processes.exit_together(RuntimeError(LOST), "train.py", "")
     assert stop.value.code == 143 and capsys.readouterr().err == "" and done == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("a bug")])
+def test_a_stop_signal_hides_no_error_of_the_process_itself(late, capsys, error):
+    late([5, 5, 5], [])
+    processes.Links.stopped = signal.SIGTERM
+    with pytest.raises((SystemExit, RuntimeError)) as stop:
+        processes.exit_together(error, "train.py", "take less")
+    is_told = "train.py: process 1: error: take less" in capsys.readouterr().err
+    assert is_told if stop.type is SystemExit else stop.value is error

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 
-import hypothesis
 import pytest
 from conftest import write_jsonl
 from hostile import hostile, runs_or_refuses, watched
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 
 import train
 from support.config import SAMPLE
+from support.run_args import read_flags
 from support.train_flags import NOT_OF_THE_RUN, new_train_parser, parse_args, run_args_of
 
 # --- what is drawn ----------------------------------------------------------------------------
@@ -81,14 +81,25 @@ def flag_files(draw, names):
 HUGE = ["--seed 1\n", "#", "# a\n", "\\\n", '"\\"', "'", "\\", "@x\n", "''", "a#'", '"a"', "\0"]
 HUGE += ["\n", " x", "--data x ", "--system=a\\\n"]
 huge_files = st.builds(
-    lambda start, part, end: (start + part * (2**14 // len(part)) + end).encode(),
+    lambda start, part, end: (start + part * (2**13 // len(part)) + end).encode(),
     st.sampled_from(["", "--data ", "--system=", "--seed=", "--system='", '"', "--x"]),
     st.sampled_from(HUGE),
     st.sampled_from(["", "'", '"', "\\"]),
 )
+
+
+def is_read_by_python(raw):
+    """Before Python 3.12, argparse takes "--seed=--" for an empty list."""
+    try:
+        return not any(word.endswith("=--") for word in read_flags(raw.decode("utf-8-sig")))
+    except ValueError:
+        return True
+
+
 ALL = [*ACTIONS]
 odd_files = flag_files(ALL) | flag_files(ALL) | flag_files(ALL) | corrupted(flag_files(ALL))
 odd_files |= texts.map(str.encode) | huge_files
+odd_files = odd_files.filter(is_read_by_python)
 
 
 # --- files of flags ---------------------------------------------------------------------------
@@ -106,9 +117,7 @@ def parsed(file, capsys):
     capsys.readouterr()
     try:
         with watched():
-            args = parse_args([f"@{file}"])
-        hypothesis.assume([] not in vars(args).values())  # Python 3.11 reads "--seed=--" so
-        return args
+            return parse_args([f"@{file}"])
     except SystemExit as ended:
         out, err = capsys.readouterr()
         if ended.code == 0:
@@ -151,6 +160,9 @@ def names_no_hub_id(raw):
     return "--model" not in text or not re.search(r"[\w-][\w.-]*/[\w-]", text)
 
 
+path_files = flag_files(NAMES).filter(names_no_hub_id).filter(is_read_by_python)
+
+
 @pytest.fixture(scope="module")
 def before(tmp_path_factory):
     """Flags of a short run, in front of the file's, which come later and so are stronger."""
@@ -160,7 +172,7 @@ def before(tmp_path_factory):
     return ["--model", base, "--data", file, "--epochs", 1, "--max-length", 64]
 
 
-@hostile(40, raw=flag_files(NAMES).filter(names_no_hub_id))
+@hostile(40, raw=path_files)
 def test_train_py_with_a_file_of_flags(tmp_path, capsys, before, raw):
     """It trains with these flags, or says in one line what is wrong with them. It writes to its
     output directory only."""
