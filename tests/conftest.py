@@ -4,12 +4,14 @@ Files that are not this project's to copy (the official vocabulary, the tutorial
 real checkpoint) are read from where the user has them. Without them their tests skip, and say so.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +38,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = Path(os.environ.get("CHATGLM3_REFERENCE", ROOT.parent / "shared"))
 PERSONA = "现在你要扮演皇帝身边的女人--甄嬛"
 KILLS = int(os.environ.get("CHATGLM3_KILLS", "0"))  # how many a test makes; 0: a few
+with contextlib.suppress(ValueError):  # some runners import this in another thread
+    # A shell that runs the tests with "&" has SIGINT ignored, also in what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models of the tests are too small for several threads to help
 
 
