@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from support.config import DTYPES
-from support.errors import escaped, one_line, printable
+from support.errors import escaped, one_a_line, one_line, printable
 from support.formats import RECORD_KEYS
 
 
@@ -64,10 +64,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Its messages are printable, whatever the command line holds."""
+    """Its messages are printable and short, whatever the command line holds."""
 
     def error(self, message):
-        super().error(escaped(message))
+        super().error(one_a_line([escaped(message)]))
 
 
 def number_of_blocks(text):

@@ -126,6 +126,9 @@ def test_messages_about_flags_are_printable(capsys):
     with pytest.raises(SystemExit):
         commands.new_parser("a test").parse_args(["\x1b[2J\n"])
     assert capsys.readouterr().err.endswith("unrecognized arguments: \\x1b[2J\\n\n")
+    with pytest.raises(SystemExit):
+        commands.new_parser("a test").parse_args(["x" * 5000])
+    assert len(capsys.readouterr().err) < 1500
 
 
 # --- the end of a command ---------------------------------------------------------------------
