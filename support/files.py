@@ -46,7 +46,7 @@ def read_json(file):
         if not isinstance(value, dict):
             raise ValueError("not an object")
         return value
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         advice = "copy it again, or train the adapter again"
         raise ValueError(f"{file}: damaged ({error}); {advice}") from error
 

@@ -30,7 +30,7 @@ def test_content_becomes_bytes():
     assert "甄嬛".encode() in files.as_json({"system": "甄嬛"})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "1", '"a"'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", '"a"', '{"r":' * 100_000])
 def test_damaged_json_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text('{"r": 8}')
     assert files.read_json(tmp_path / "a.json") == {"r": 8}
