@@ -264,9 +264,14 @@ QUESTION, ANSWER = "你是谁？", "我是小砚，一个在随机权重上练�
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"])
 def trained(request, tmp_path_factory):
-    """(adapter directory, device) after `python train.py`: fp32 on the CPU, fp16 on CUDA."""
+    """(adapter directory, device) after `python train.py`: fp32 on the CPU, fp16 on CUDA.
+
+    CHATGLM3_TRAINED names the directory of such a run on a CPU that has just been made.
+    """
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if request.param == "cpu" and (made := os.environ.get("CHATGLM3_TRAINED")):
+        return Path(made).resolve(), "cpu"
     directory = tmp_path_factory.mktemp("trained")
     done = run("train.py", "--output-dir", directory, "--device", request.param)
     assert done.returncode == 0, done.stderr

@@ -131,21 +131,18 @@ def test_nohup_goes_on_when_the_terminal_is_closed(tmp_path, monkeypatch):
     assert list_checkpoints(tmp_path / "out")[-1].name == "checkpoint-30"
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_ctrl_c_under_a_pipe_whose_reader_it_ends_too(tmp_path, unbuffered):
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_ctrl_c_under_a_pipe_whose_reader_it_ends_too(tmp_path, stderr):
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "train.py", *LONG, "--device", "cpu", "--output-dir", out]
     options = dict(stdout=subprocess.PIPE, text=True)
-    options["env"] = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    for stderr in (subprocess.PIPE, subprocess.STDOUT):
-        process = subprocess.Popen(command, stderr=stderr, **options)
-        wait_for(lambda: has_metrics(out), process)
-        process.stdout.close()
-        process.send_signal(signal.SIGINT)
-        told = process.stderr.read() if process.stderr else ""
-        assert process.wait() == 130 and "error" not in told and "Broken" not in told, told
-        assert is_intact(list_checkpoints(out)[0])
-        shutil.rmtree(out)
+    process = subprocess.Popen(command, stderr=stderr, **options)
+    wait_for(lambda: has_metrics(out), process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    told = process.stderr.read() if process.stderr else ""
+    assert process.wait() == 130 and "error" not in told and "Broken" not in told, told
+    assert is_intact(list_checkpoints(out)[0])
 
 
 def test_a_signal_saves_nothing_that_is_not_finite(tmp_path, monkeypatch, capsys):
@@ -219,22 +216,23 @@ def torchrun(directory, *command):
 
 
 def test_torchrun_and_a_mistake_that_all_its_processes_find(tmp_path):
-    first = torchrun(tmp_path, ROOT / "train.py", *SHORT, "out")
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.count("updates  6, each of") == 1
+    train_main(*SHORT, tmp_path / "out")
     again = torchrun(tmp_path, ROOT / "train.py", *SHORT, "out")
     assert again.returncode != 0 and again.stderr.count("train.py: ") == 1, again.stderr
     assert "train.py: error: out has a run; --resume" in again.stderr
 
 
-def test_a_process_that_fails_alone_ends_the_others_with_its_message(tmp_path):
+def test_a_process_that_fails_alone_tells_of_it(tmp_path, start):
+    """The others wait for it, and are silent. torchrun would end them."""
     write_jsonl(tmp_path / "0.jsonl", [{"instruction": "q", "output": "a"}])
-    train = f"{sys.executable} {ROOT / 'train.py'} {' '.join(SHORT)} out"
-    command = f"exec {train} --data $LOCAL_RANK.jsonl"
-    result = torchrun(tmp_path, "--no-python", "bash", "-c", command)
-    assert result.returncode != 0 and not (tmp_path / "out").exists()
-    assert result.stderr.count("train.py: ") == 1, result.stderr
-    assert "train.py: process 1: error: 1.jsonl: No such file or directory" in result.stderr
+    data = [["--data", tmp_path / f"{rank}.jsonl"] for rank in range(2)]
+    processes = start_several(start, 2, *SHORT, tmp_path / "out", each=data)
+    told = finish(processes[1], 2)
+    assert told.count("train.py: ") == 1, told
+    assert f"train.py: process 1: error: {tmp_path / '1.jsonl'}: No such file" in told
+    processes[0].kill()
+    processes[0].join()
+    assert "error" not in processes[0].log.read_text() and not (tmp_path / "out").exists()
 
 
 # --- attempts, which share a store ------------------------------------------------------------

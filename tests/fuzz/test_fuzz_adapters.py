@@ -26,7 +26,7 @@ def pristine():
     return chatglm.load_model(TINY, "cpu")
 
 
-@hostile(400, weights=adapter_weights)
+@hostile(250, weights=adapter_weights)
 def test_an_adapter_s_weights(tmp_path, pristine, weights):
     """Tensors have other names, shapes and dtypes. Files are damaged, or pickles that act."""
     suffix, raw = weights
@@ -36,7 +36,7 @@ def test_an_adapter_s_weights(tmp_path, pristine, weights):
     loads_or_refuses(lambda: chatglm.load_adapter(copy.deepcopy(pristine), directory))
 
 
-@hostile(700, config=mostly(damaged_json(LORA), texts_of_json | deep))
+@hostile(350, config=mostly(damaged_json(LORA), texts_of_json | deep))
 def test_an_adapter_s_configuration(tmp_path, pristine, config):
     """Any key that peft knows has any value."""
     directory = fresh(tmp_path / "adapter")

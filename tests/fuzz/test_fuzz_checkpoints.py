@@ -44,7 +44,7 @@ def is_small(config):
 configs = damaged(st.just(CONFIG)).filter(is_small).map(json.dumps)
 
 
-@hostile(300, config=mostly(configs, texts_of_json | deep))
+@hostile(150, config=mostly(configs, texts_of_json | deep))
 def test_a_checkpoint_s_configuration(tmp_path, config):
     """Any key has any value."""
     directory = copy_of_checkpoint(tmp_path / "base")
