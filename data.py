@@ -53,7 +53,8 @@ class ChatGLMTokenizer:
                 file = cached_file(str(path), "tokenizer.model")
             check_no_lfs_pointer(file)
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-            self.pieces.id_to_piece([*range(self.pieces.get_piece_size())])  # all are UTF-8
+            size = self.pieces.get_piece_size()
+            self.pieces.id_to_piece([*range(size)])  # raises if one is not UTF-8
         except (OSError, RuntimeError, ValueError) as error:
             hint = "; without a network, give the directory of a checkpoint"
             what = f"cannot read the vocabulary, its tokenizer.model: {one_line(error)}"

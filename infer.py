@@ -271,7 +271,7 @@ class Assistant:
         return "\n".join(filter(None, self.split(ids)))
 
     def stream(self, new_ids, ids):
-        """Yields the pieces of text that `new_ids` add to the answer, and appends them to `ids`."""
+        """Yields the answer part by part, while `new_ids` generates its ids: see stream_text."""
         return stream_text(self, new_ids, ids)
 
     def why_cut(self, prompt_ids, ids):

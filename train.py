@@ -26,7 +26,7 @@ import model as chatglm
 from support import commands, forecast, memory, processes, reports
 from support.bases import check_same_base, find_base, fingerprint, trained_with
 from support.checkpoints import find_checkpoint, restore
-from support.identity import check_before_loading, run_identity
+from support.identity import check_before_loading, run_identity, samples_per_update
 from support.progress import Progress, ProgressBar, check_overflows, eval_bar
 from support.recomputation import recompute_all, seed_dropouts, set_up_compiler
 from support.run_directory import RunDirectory, check_output_dir
@@ -327,8 +327,7 @@ class Run:
         options = dict(betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay)
         self.optimizer = torch.optim.AdamW(params, **options, fused=fused)
         self.max_norm = args.max_grad_norm or math.inf  # 0: gradients are not clipped
-        per_process = args.batch_size * args.gradient_accumulation_steps
-        self.samples_per_update = per_process * processes.rank_and_count()[1]
+        self.samples_per_update = samples_per_update(args)
         self.updates_per_epoch = math.ceil(dataset.samples_per_epoch / self.samples_per_update)
         self.total_steps = args.max_steps or args.epochs * self.updates_per_epoch
         self.eval_every = args.eval_steps or self.updates_per_epoch  # so many updates

@@ -60,8 +60,8 @@ def resolve_base(name):
 
 
 def go_offline_without_hub():
-    """If the hub does not answer within some seconds, switches its library to offline: files then
-    come from its cache at once, instead of after half a minute of retries."""
+    """If the hub does not answer within 8 seconds, switches its library to offline: files then come
+    from its cache at once, instead of after half a minute of retries."""
     answers = []
 
     def ask():
@@ -160,9 +160,9 @@ def loading_options(device, dtype, load_in):
 
 
 def keep_nan_in_4bit():
-    """Has bitsandbytes' quantisation keep numbers that are not finite, for check_finite to find.
+    """Changes bitsandbytes' quantisation, so that check_finite finds a tensor that is not finite.
 
-    On CUDA, a NaN otherwise becomes one of the 16 values. With it, its tensor's scales become NaN.
+    On CUDA, a NaN would become one of the 16 values. Now all scales of its tensor become NaN.
     """
     from bitsandbytes import functional
 

@@ -197,10 +197,7 @@ def seconds_of_evaluations(run, batches, eval_step, max_graphs):
     run: a train.Run; batches: the data.MicroBatch of one evaluation; they are iterated twice
     """
     device, one = run.device, torch.ones((), device=run.device)
-    all_shapes = [batch.shapes() for batch in batches]
-    if not all_shapes:  # other processes have more
-        measure(lambda: iter(()), [], Modes(max_graphs), device)  # these wait for this one
-        return 0
+    all_shapes = [batch.shapes() for batch in batches]  # none, if other processes have all
     numbers = {*middles(range(len(all_shapes)), 4 * MOST_MEASURED)}
     measured = [batch for number, batch in enumerate(batches) if number in numbers]
 
@@ -217,7 +214,7 @@ def seconds_of_evaluations(run, batches, eval_step, max_graphs):
     seconds = []
     for _ in range(min(count, 3)):  # later ones take as long as the third
         evaluation = ([mode] for mode in modes.of_next(all_shapes))
-        seconds.append(costs.ends(evaluation, waits_every=len(all_shapes))[-1])
+        seconds.append(max(costs.ends(evaluation, waits_every=len(all_shapes)), default=0.0))
     return sum(seconds) + (count - len(seconds)) * seconds[-1]
 
 

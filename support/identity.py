@@ -30,31 +30,31 @@ MAY_CHANGE = (
     "tensorboard",
     "eval_data",
 )
-SAMPLES_PER_UPDATE = "--batch-size × --gradient-accumulation-steps × processes"
 DIGESTS = ("--model", "--data", "--eval-data")  # their values are digests, which no message shows
 
 
 def run_identity(run):
     """→ {name: value} of all that must be the same; run: a train.Run"""
-    return (
-        _identity_of_flags(run.args)
-        | _identity_of_data(run.dataset, run.eval_set)
-        | {
-            "--device": run.device.type,
-            "--dtype": dtype_name(run.model.dtype),
-            SAMPLES_PER_UPDATE: run.samples_per_update,
-            "--model": run.args.base,
-        }
-    )
+    return known_identity(run.args, run.dataset, run.eval_set) | {"--model": run.args.base}
 
 
-def _identity_of_flags(args):
+def known_identity(args, dataset, eval_set):
+    """→ what of run_identity is known before the base is loaded"""
     kept = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    return {flag_of(name): value for name, value in kept.items()}
+    device = find_device(args.device)
+    return {flag_of(name): value for name, value in kept.items()} | {
+        "--device": device,
+        "--dtype": dtype_name(dtype_of(device, args.dtype)),
+        "--batch-size × --gradient-accumulation-steps × processes": samples_per_update(args),
+        "--data": dataset.digest,
+        "--eval-data": eval_set.digest if eval_set else None,
+    }
 
 
-def _identity_of_data(dataset, eval_set):
-    return {"--data": dataset.digest, "--eval-data": eval_set.digest if eval_set else None}
+def samples_per_update(args):
+    """→ how many samples an update has, over all processes"""
+    _, processes = rank_and_count()
+    return args.batch_size * args.gradient_accumulation_steps * processes
 
 
 def check_before_loading(args, dataset, eval_set, checkpoint):
@@ -65,11 +65,7 @@ def check_before_loading(args, dataset, eval_set, checkpoint):
     if args.cuda_graphs and find_device(args.device) != "cuda":
         raise ValueError("--cuda-graphs needs a CUDA device; leave it out")
     if checkpoint:
-        identity = _identity_of_flags(args) | _identity_of_data(dataset, eval_set)
-        identity["--device"] = find_device(args.device)
-        identity["--dtype"] = dtype_name(dtype_of(identity["--device"], args.dtype))
-        per_process = args.batch_size * args.gradient_accumulation_steps
-        identity[SAMPLES_PER_UPDATE] = per_process * rank_and_count()[1]
+        identity = known_identity(args, dataset, eval_set)
         for name in LORA if args.init_adapter else ():  # they are read later: take_lora_flags
             del identity[flag_of(name)]
         check_same_run(checkpoint, identity)

@@ -17,7 +17,7 @@ from support.errors import one_line
 
 
 class Links:
-    """The connection to the other processes. All are None without torchrun."""
+    """The connection to the other processes. Without torchrun the first three are None."""
 
     store = None  # torchrun's dist.Store, which all processes read and write
     nccl_group = None  # a dist.ProcessGroup, for tensors on GPUs
@@ -34,15 +34,15 @@ def start(device, timeout):
     """
     if not dist.is_torchelastic_launched():
         return
-    is_cuda = find_device(device) == "cuda"
-    if is_cuda:
+    found = find_device(device)
+    if found not in ("cuda", "cpu"):
+        raise ValueError(f"--device {found}: several processes need cuda or cpu")
+    if found == "cuda":
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
             what = "torchrun started more processes than this machine has GPUs"
             raise ValueError(f"{what}; give --nproc-per-node {gpus}")
         torch.cuda.set_device(local_rank)
-    elif find_device(device) != "cpu":
-        raise ValueError(f"--device {device}: several processes need cuda or cpu")
     wait, Links.timeout = timedelta(seconds=timeout), timeout
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=wait))
@@ -52,7 +52,7 @@ def start(device, timeout):
     except dist.DistError as error:
         what = f"the processes can't connect ({one_line(error)})"
         raise ValueError(f"{what}; read what the others print, or raise --timeout") from error
-    if is_cuda:
+    if found == "cuda":
         # NCCL's timeout aborts the program without a message. So it is twice as long: gloo's
         # timeout, which raises an error, comes first.
         Links.nccl_group = dist.new_group(backend="nccl", timeout=2 * wait)
@@ -90,7 +90,7 @@ def store_of_attempt(store, rank, count, timeout):
     except dist.DistStoreError:
         pass
     what = f"process {missing} has not started within {timeout} s"
-    raise ValueError(f"{what}; look what it prints, or raise --timeout")
+    raise ValueError(f"{what}; read what it prints, or raise --timeout")
 
 
 def cores():

@@ -173,12 +173,13 @@ def losses_and_norms(directory):
 def test_several_processes_make_the_updates_of_one(tmp_path, start):
     """21 samples, 8 an update: the last update of an epoch has 5 samples, of uneven lengths.
 
-    Of these, some of four processes get two samples, and some only one.
+    Of these, some of four processes get two samples, and some only one. After four epochs, the
+    weights differ by so many roundings that a norm above 1 may differ by more than 1e-6.
     """
     texts = [("a " * (i % 7 * 5 + 1), "b " * (i % 5 * 9 + 1)) for i in range(21)]
     records = [{"instruction": question, "output": answer} for question, answer in texts]
     file = write_jsonl(tmp_path / "d.jsonl", records)
-    flags = "--max-steps 20 --logging-steps 1 --save-steps 10 --device cpu --batch-size 2".split()
+    flags = "--max-steps 12 --logging-steps 1 --save-steps 6 --device cpu --batch-size 2".split()
     common = ["--data", file, *flags, "--gradient-accumulation-steps"]
 
     def run_of(count, directory, *more):
@@ -186,7 +187,7 @@ def test_several_processes_make_the_updates_of_one(tmp_path, start):
         for process in start_several(start, count, *arguments):
             finish(process)
         found = losses_and_norms(directory)
-        assert found.shape == (20, 2)
+        assert found.shape == (12, 2)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
     one = tmp_path / "1"
@@ -194,7 +195,7 @@ def test_several_processes_make_the_updates_of_one(tmp_path, start):
     wanted = losses_and_norms(one)
     run_of(2, tmp_path / "2")
     run_of(4, tmp_path / "4")
-    shutil.rmtree(tmp_path / "4" / "checkpoint-20")
+    shutil.rmtree(tmp_path / "4" / "checkpoint-12")
     run_of(2, tmp_path / "4", "--resume")  # the run of four continues as one of two
 
 
@@ -285,7 +286,7 @@ def test_a_process_that_never_comes_is_not_waited_for_any_longer(store, rank, le
         store.set(key, "the name of an attempt before")
     store.set_timeout(timedelta(seconds=0.5))
     start = time.monotonic()
-    with pytest.raises(ValueError, match=f"process {1 - rank} has not started within 0.5 s; look"):
+    with pytest.raises(ValueError, match=f"process {1 - rank} has not started within 0.5 s; read"):
         processes.store_of_attempt(store, rank, 2, 0.5)
     assert 0.4 < time.monotonic() - start < 10
 

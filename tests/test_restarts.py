@@ -44,9 +44,10 @@ class Job:
 
     def workers(self, attempt):
         """→ {rank: number of its process} of an attempt, counted from 0, when all have started"""
-        found = lambda: [*self.directory.glob(f"worker-{attempt}-*")]  # noqa: E731
-        self.wait_for(lambda: len(found()) == self.count)
-        return {int(rank): int(pid) for _, _, rank, pid in (f.name.split("-") for f in found())}
+        pattern = f"worker-{attempt}-*"
+        self.wait_for(lambda: len([*self.directory.glob(pattern)]) == self.count)
+        names = (file.name.split("-") for file in self.directory.glob(pattern))
+        return {int(rank): int(pid) for _, _, rank, pid in names}
 
     def lines(self):
         """The lines of metrics so far; the last one may not be whole yet."""
