@@ -5,6 +5,7 @@ from argparse import BooleanOptionalAction
 
 from support import commands
 from support.config import ADAPTER_DIR, SAMPLE
+from support.errors import DataError
 from support.records import split_times
 from support.run_args import expand, flag_of, flags_text
 
@@ -39,7 +40,10 @@ def parse_args(argv=None):
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
     lora = [flag_of(name) for name in LORA if name in given]
     others = [flag_of(n) for n in ("init_adapter", "resume", "overwrite") if n in given]
-    shares = [each for each in args.eval_data or () if split_times(each)[1] != 1]
+    try:
+        shares = [each for each in args.eval_data or () if split_times(each)[1] != 1]
+    except DataError as error:
+        parser.error(f"argument --eval-data: {error}")
     for is_wrong, message in (
         (args.eval_data and args.eval_split, "--eval-data and --eval-split: give one of them"),
         (args.eval_steps and not has_evaluation, "--eval-steps needs --eval-data or --eval-split"),
