@@ -5,7 +5,7 @@ from argparse import BooleanOptionalAction
 
 from support import commands
 from support.config import ADAPTER_DIR, SAMPLE
-from support.errors import DataError
+from support.errors import one_line
 from support.records import split_times
 from support.run_args import expand, flag_of, flags_text
 
@@ -42,8 +42,8 @@ def parse_args(argv=None):
     others = [flag_of(n) for n in ("init_adapter", "resume", "overwrite") if n in given]
     try:
         shares = [each for each in args.eval_data or () if split_times(each)[1] != 1]
-    except DataError as error:
-        parser.error(f"argument --eval-data: {error}")
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --eval-data: {one_line(error)}")
     for is_wrong, message in (
         (args.eval_data and args.eval_split, "--eval-data and --eval-split: give one of them"),
         (args.eval_steps and not has_evaluation, "--eval-steps needs --eval-data or --eval-split"),
