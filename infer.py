@@ -25,8 +25,9 @@ import data
 import model as chatglm
 from support import answers, bases, commands
 from support.chat import chat, reply
-from support.export import check_free, merge_to
+from support.export import Export, check_possible
 from support.infer_flags import parse_args
+from support.merging import MergedModel
 from support.preamble import Preamble, read_tools
 from support.streaming import stream_text
 
@@ -90,11 +91,15 @@ def penalise(logits, seen, penalty):
 # --- decoding over a cache --------------------------------------------------------------------
 
 
-def compile_decoding(model):
-    """Compiles what a step of Decoder(compiled=True) runs. A second call compiles anew."""
-    # With one row, inductor makes a matrix product a reduction, which is faster.
-    tuning = ("coordinate_descent_tuning", "coordinate_descent_check_all_directions")
-    options = dict.fromkeys(tuning, True)
+def compile_decoding(model, rows=1):
+    """Compiles what a step of Decoder(compiled=True) runs. A second call compiles anew.
+
+    rows: how many sequences are decoded together
+    """
+    # With one row, inductor makes a matrix product a reduction, which is faster, and more so if it
+    # tries more ways. With more rows that only takes time.
+    options = dict(coordinate_descent_tuning=True)
+    options["coordinate_descent_check_all_directions"] = rows == 1
     network = model.transformer
     for layer in network.encoder.layers:
         plain = chatglm.Block.forward_one.__get__(layer)
@@ -289,18 +294,18 @@ class Assistant:
 def run(args):
     """Does what the flags say. Raises ValueError or OSError with a message for the user."""
     todo = answers.unanswered(args.input, args.output, args.keys) if args.input else None
-    if args.merge_to is not None:
-        check_free(args.merge_to)
+    if args.export:
+        check_possible(args)
     commands.check_utf8(args.model, args.tools)
     model, tokenizer, preamble = load(args)
+    if args.export:
+        return Export(args, model, tokenizer, preamble, data.encode_prompt).run()
     if args.compare:  # before the adapter changes the model
         print("--- base")
         reply(new_assistant(args, model, tokenizer, preamble), args.prompt)
         print("--- adapter")
     if not args.no_adapter:
         model = add_adapter(model, args.adapter, merge=not args.load_in)
-    if args.merge_to is not None:
-        return merge_to(model, args.merge_to, preamble.system)
     preamble.warn_if_tools_are_not_listed(todo.records if todo else ())
     assistant = new_assistant(args, model, tokenizer, preamble)
     if args.prompt is not None:
@@ -312,7 +317,10 @@ def run(args):
 
 
 def load(args):
-    """→ (the base, its tokenizer, a Preamble). Raises ValueError or OSError: see run."""
+    """→ (the base, its tokenizer, a Preamble). Raises ValueError or OSError: see run.
+
+    For an export, the base is a MergedModel, with the adapter.
+    """
     path = bases.find_base(args.model, args.adapter, args.no_adapter) or chatglm.built_in_model()
     if path == str(chatglm.BUILT_IN):
         commands.announce_built_in_model(sys.stderr)
@@ -321,9 +329,11 @@ def load(args):
     system = args.system if args.system is not None else trained.system
     tokenizer.encode(system or "")  # raises ValueError for what is not UTF-8
     tools = read_tools(args.tools) if args.tools else None
-    use_base_dtype = args.merge_to is not None and args.dtype == "auto"
-    dtype = bases.own_dtype(path) if use_base_dtype else args.dtype
-    model = chatglm.load_model(path, args.device, dtype, args.load_in)
+    if args.export:
+        adapter = None if args.no_adapter else args.adapter
+        model = MergedModel(path, chatglm.ChatGLMForCausalLM, chatglm.load_adapter, adapter)
+    else:
+        model = chatglm.load_model(path, args.device, args.dtype, args.load_in)
     tokenizer.check_fits(model.config.padded_vocab_size)
     if trained.base and not args.no_adapter and not args.force:
         found = bases.fingerprint(model, tokenizer.digest)
@@ -350,7 +360,7 @@ def new_assistant(args, model, tokenizer, preamble):
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     choose = greedy if args.greedy else partial(sample, **options)
     if args.compile:
-        compile_decoding(model)
+        compile_decoding(model, args.batch_size if args.input else 1)
     decoder = Decoder(model, choose, args.repetition_penalty, compiled=args.compile)
     return Assistant(decoder, tokenizer, preamble, args.max_new_tokens)
 

@@ -216,13 +216,13 @@ def check_files(path):
 
 def check_finite(model):
     """→ the model. Raises ValueError with the names of the weights that are not finite."""
-    values = {}
+    largest = {}
     for name, param in model.named_parameters():
         in_4bit = getattr(param, "quant_state", None)  # it has the largest number of each block
-        values[name] = in_4bit.absmax if in_4bit else param.detach()
-    largest = [torch.linalg.vector_norm(value, torch.inf).float() for value in values.values()]
-    are_finite = torch.stack(largest).isfinite().tolist()  # one transfer from the device
-    if bad := [name for name, is_finite in zip(values, are_finite, strict=True) if not is_finite]:
+        value = in_4bit.absmax if in_4bit else param.detach()
+        largest[name] = torch.linalg.vector_norm(value, torch.inf).float()
+    are_finite = torch.stack([*largest.values()]).isfinite().tolist()  # one device transfer
+    if bad := [name for name, is_finite in zip(largest, are_finite, strict=True) if not is_finite]:
         what = f"it holds numbers that are not finite, in {first_few(bad)}"
         raise ValueError(f"{model.name_or_path}: {what}; copy it again")
     return model
@@ -240,17 +240,19 @@ def fingerprint(model, vocabulary_digest, samples=1024):
     The digests are of the signs of some weights of every tensor: rounding keeps signs, in float8
     too. Take it before LoRA is added.
     """
-    groups = {"fixed": [], "matrices": []}
-    for name, param in sorted(model.named_parameters()):
+    groups = {"fixed": {}, "matrices": {}}  # {name: some signs; None of a quantised tensor}
+    for name, param in model.named_parameters():
         is_matrix = ".layers." in name and param.ndim > 1
-        groups["matrices" if is_matrix else "fixed"].append(param.detach())
+        some = param.detach().flatten()[:: max(1, param.numel() // samples)]
+        signs = some.float().signbit() if param.is_floating_point() else None
+        groups["matrices" if is_matrix else "fixed"][name] = signs
     shape = {name: getattr(model.config, name) for name in SIZES}
     result = {"vocabulary": vocabulary_digest, "shape": shape}
-    for group, params in groups.items():
+    for group, of_tensors in groups.items():
         result[group] = None
-        if all(param.is_floating_point() for param in params):
-            some = [p.flatten()[:: max(1, p.numel() // samples)].float().signbit() for p in params]
-            signs = torch.cat(some).tolist()  # one transfer from the device
+        in_order = [of_tensors[name] for name in sorted(of_tensors)]
+        if not any(signs is None for signs in in_order):
+            signs = torch.cat(in_order).tolist()  # one transfer from the device
             result[group] = hashlib.sha256(bytes(signs)).hexdigest()
     return result
 

@@ -7,13 +7,17 @@ from support.config import ADAPTER_DIR
 def parse_args(argv=None):
     """The command line → its arguments"""
     number = commands.number
-    usage = "%(prog)s [--prompt TEXT | --input FILE … --output FILE | --merge-to DIR] [options]"
+    usage = "%(prog)s [--prompt TEXT | --input FILE … --output FILE | --merge-to DIR | --gguf FILE]"
+    usage += " [options]"
     parser = commands.new_parser("Answers with ChatGLM3 and an adapter.", usage=usage)
-    group = parser.add_argument_group("what to do (without --prompt, --input, --merge-to: a chat)")
+    group = parser.add_argument_group("what to do (without any of these: a chat)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", help="answer this user's message")
     add("--input", nargs="+", metavar="FILE", help="answer these records, of train.py's formats")
     add("--merge-to", metavar="DIR", help="save base and adapter as one checkpoint")
+    add("--gguf", metavar="FILE", help="save them as one file for llama.cpp and Ollama")
+    add("--gguf-adapter", metavar="FILE", help="save the adapter alone for llama.cpp")
+    add("--check", metavar="DIR_OR_FILE", help="compare such an export with base and adapter")
     add = group.add_argument
     add("--compare", action="store_true", help="with --prompt: the base's answer first")
     add("--output", metavar="FILE", help="with --input: JSONL, each record with its prediction")
@@ -29,6 +33,15 @@ def parse_args(argv=None):
     commands.add_device_flags(add, dtype)
     commands.add_load_in_flag(add)
     add("--compile", action="store_true", help="compile the blocks: faster, after up to a minute")
+    add = parser.add_argument_group("exports").add_argument
+    layout = "of --merge-to; official: also for vLLM and SGLang; glm: transformers' own model"
+    add("--layout", choices=("official", "glm"), default="official", help=layout)
+    code = "copy the base's code files too, for programs that run remote code"
+    add("--with-official-code", action="store_true", help=code)
+    kinds = ("f16", "q8_0", "q4_0", "f32")
+    add("--gguf-type", choices=kinds, default="f16", help="of the matrices in --gguf's file")
+    no_check = "do not compare what was written with base and adapter"
+    add("--no-check", action="store_true", help=no_check)
     add = parser.add_argument_group("decoding").add_argument
     add("--batch-size", type=number(1, 2**16), default=16, help="records answered together")
     add("--max-new-tokens", type=number(1, 2**20), default=128, help="limit of an answer")
@@ -41,15 +54,18 @@ def parse_args(argv=None):
     add("--seed", type=number(0, 2**63 - 1), help="makes what is drawn repeatable")
     args = parser.parse_args(argv)
     args.greedy |= args.temperature == 0
-    merge = args.merge_to is not None
+    exports = ("merge_to", "gguf", "gguf_adapter", "check")
+    args.export = next((name for name in exports if getattr(args, name) is not None), None)
+    flag = f"--{args.export}".replace("_", "-")
     compare_fails = args.compare and (args.prompt is None or args.no_adapter)
     for is_wrong, message in (
         (args.prompt is not None and not args.prompt.strip(), "argument --prompt: it is empty"),
-        (args.merge_to == "", "argument --merge-to: it is empty"),
+        (args.export and not getattr(args, args.export), f"argument {flag}: it is empty"),
         (bool(args.input) != (args.output is not None), "--input and --output go together"),
         (compare_fails, "--compare needs --prompt, and an adapter"),
-        (merge and args.no_adapter, "--merge-to needs an adapter"),
-        (merge and args.load_in, "--merge-to: a quantised base can't be merged; no --load-in"),
+        (args.gguf_adapter and args.no_adapter, "--gguf-adapter needs an adapter"),
+        (args.export and args.load_in, f"{flag}: a quantised base can't be merged; no --load-in"),
+        (args.gguf and args.dtype != "auto", "--gguf: its type is that of --gguf-type; no --dtype"),
         (args.keys and not args.input, "--keys needs --input"),
     ):
         if is_wrong:

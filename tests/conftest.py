@@ -28,9 +28,11 @@ import data
 import infer
 import model as chatglm
 import train
-from support import bases
+from support import bases, export, layouts
 from support.checkpoints import STATE, list_checkpoints
 from support.config import SAMPLE
+from support.files import as_json, read_json, write_files
+from support.merging import MergedModel
 from support.records import RecordReader
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +122,21 @@ class Marker:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+def write_layout(directory, base, adapter=None, layout="official", dtype=torch.float32):
+    """Writes config.json and the weights of an export. → its MergedModel"""
+    load = chatglm.load_adapter
+    model = MergedModel(str(base), chatglm.ChatGLMForCausalLM, load, adapter)
+    if layout == "glm":
+        targets, config = layouts.glm_tensors(model), layouts.glm_config(model.config, dtype, [2])
+    else:
+        given = read_json(Path(base, "config.json"))
+        targets = layouts.official_tensors(model)
+        config = layouts.official_config(model.config, given, dtype)
+    write_files(directory, {"config.json": as_json(config)})
+    export.write_shards(directory, targets, dtype, lambda count: None)
+    return model
 
 
 def with_random_lora(model, **options):

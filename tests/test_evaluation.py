@@ -342,7 +342,7 @@ def test_a_signal_during_an_evaluation_lets_it_end_and_saves(tmp_path, start):
         ("--eval-data none.jsonl", "none.jsonl: No such file or directory"),
         ("--eval-data eval.jsonl:x", "argument --eval-data: eval.jsonl:x: 'x' is no number"),
         ("--eval-data eval.jsonl:0", "argument --eval-data: eval.jsonl:0: the number must be more"),
-        (f"--eval-data {'x' * 5000}", "argument --eval-data: "),
+        (f"--eval-data {'x' * 5000}:2", "argument --eval-data: [Errno 36] File name too"),
         ("--eval-data eval.jsonl:2", "eval.jsonl:2: each file is evaluated once; leave :N out"),
         ("--eval-data long.csv --max-length 40", "no sample has a token to learn within 40"),
         ("--eval-split 0.99", "--eval-split 0.99 leaves no sample to train on"),

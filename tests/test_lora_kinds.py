@@ -10,7 +10,14 @@ from functools import partial
 import peft
 import pytest
 import torch
-from conftest import FIXTURES, new_run, random_samples, trained_parameters, with_random_lora
+from conftest import (
+    FIXTURES,
+    new_run,
+    random_samples,
+    trained_parameters,
+    with_random_lora,
+    write_layout,
+)
 from safetensors.torch import load_file, save_file
 from test_train import CPU_AND_CUDA, cuda, trained_tensors
 
@@ -18,7 +25,6 @@ import data
 import infer
 import model as chatglm
 import train
-from support import export
 from support.adapters import adapter_tensors
 
 LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -172,7 +178,7 @@ def test_a_merged_model_gives_the_adapter_s_logits(base, tmp_path, kind):
     chatglm.save_adapter(peft_model, tmp_path / "adapter")
     merged = infer.add_adapter(new_base(), tmp_path / "adapter")
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    export.merge_to(merged, str(tmp_path / "merged"))
+    write_layout(tmp_path / "merged", FIXTURES / "tiny", tmp_path / "adapter")
     exported = chatglm.load_model(tmp_path / "merged", "cpu")
     for model in (merged, exported):
         for prefix_length in (0, 4):

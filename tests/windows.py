@@ -12,6 +12,7 @@ import runpy
 import shutil
 import signal
 import sys
+import types
 from pathlib import Path
 
 
@@ -92,7 +93,8 @@ def impose():
     for name in ("sched_getaffinity", "fork", "statvfs"):
         delattr(os, name)
     shutil._use_fd_functions = False  # rmtree then calls what is replaced here
-    shutil.disk_usage = lambda path: (2**40, 0, 2**40)  # it calls statvfs
+    usage = types.SimpleNamespace(total=2**40, used=0, free=2**40)
+    shutil.disk_usage = lambda path: usage  # it calls statvfs
     os.unlink = os.remove = remove
     os.open, os.fsync = open_descriptor, flush
     os.rename, os.replace = guarded(os.rename, False), guarded(os.replace, True)

@@ -148,7 +148,7 @@ def times_of_tokens(model, rows, how, count, again):
             runs.append(times)
         return start, runs[0], runs[-1]
     if how.get("compiled"):
-        infer.compile_decoding(model)
+        infer.compile_decoding(model, rows)
     decoder = infer.Decoder(model, **how)
     for _ in range(1 + again):
         events = decoder.generate(prompts, count)

@@ -1,0 +1,181 @@
+"""An export is opened by the other program's own reader, and compared with this project's model.
+
+Compared are the ids of some conversations, the log-probabilities of the likeliest tokens at each
+step of the reader's greedy answers, and the greedy tokens. This project's side is the base with the
+adapter beside it: nothing of what was merged and written is used.
+"""
+
+import json
+import urllib.request
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CONVERSATIONS = (
+    [{"role": "user", "content": "你好！你是谁？"}],
+    [
+        {"role": "system", "content": "Answer in one sentence."},
+        {"role": "user", "content": "What is a low-rank adapter?"},
+    ],
+    [
+        {"role": "user", "content": "  two spaces,\n\nan empty line, a\ttab and 😀 "},
+        {"role": "assistant", "content": "好的。"},
+        {"role": "user", "content": "3.14 × 2 = ?"},
+    ],
+    [
+        {"role": "user", "content": "北京今天天气怎么样？"},
+        {"role": "assistant", "content": "tool_call(city='北京')"},
+        {"role": "observation", "content": '{"celsius": 21}'},
+    ],
+)
+NEW_TOKENS = 16  # of each greedy answer
+TOP = 20  # log-probabilities of so many tokens are compared at each step
+# How much a log-probability may differ: what rounding to the type gives, with room. fp32 is exact
+# but for the order of sums.
+LIMITS = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.5, "f32": 1e-3, "f16": 0.05, "q8_0": 0.5, "q4_0": 4}
+
+
+class Step(NamedTuple):
+    """One token of a greedy answer."""
+
+    id: int
+    log_probs: dict  # {id: log-probability} of the TOP likeliest; {} if the reader told none
+
+
+class Differs(ValueError):
+    """The export computes something else than the model."""
+
+
+def compare(reader, model, prompts, limit):
+    """Prints three lines: ids, log-probabilities, greedy tokens. Raises Differs.
+
+    reader: TransformersReader or LlamaCppReader; model: a MergedModel; prompts: [(messages, ids)],
+    the conversations and what encode_prompt makes of them; limit: see LIMITS
+    """
+    for messages, ids in prompts:
+        if (found := reader.encode(messages)) != ids:
+            what = f"the prompt {messages[-1]['content']!r} gets the ids {found}, not {ids}"
+            raise Differs(f"{reader.name}: {what}")
+    count = sum(len(ids) for _, ids in prompts)
+    print(f"checked  with {reader.name}: {count} ids of {len(prompts)} prompts are equal")
+    answers = [reader.answer(ids) for _, ids in prompts]
+    pairs = zip(prompts, answers, strict=True)
+    rows = [ids + [step.id for step in answer] for (_, ids), answer in pairs]
+    longest = max(map(len, rows))
+    logits = model.logits(torch.tensor([row + [0] * (longest - len(row)) for row in rows]))
+    largest, equal, steps = 0.0, 0, 0
+    for (_, ids), answer, row in zip(prompts, answers, logits, strict=True):
+        ours = row[len(ids) - 1 :][: len(answer)].log_softmax(-1)
+        for step, mine in zip(answer, ours, strict=True):
+            for id, theirs in step.log_probs.items():
+                largest = max(largest, abs(mine[id].item() - theirs))
+            equal += step.id == mine.argmax().item()
+            steps += 1
+    told = f"log-probabilities differ by at most {largest:.1e} (top {TOP} of {steps} steps"
+    print(f"         {told}; limit {limit:g})")
+    print(f"         {equal} of {steps} greedy tokens are equal")
+    if not largest <= limit:
+        raise Differs(f"{reader.name}: {told}); at most {limit:g} is the rounding of this type")
+
+
+class TransformersReader:
+    """transformers' own tokenizer and network. It computes in fp32, block by block."""
+
+    def __init__(self, directory, network=None):
+        """network: that of `directory`, if from_pretrained can't read it without remote code"""
+        import transformers
+
+        self.name = f"transformers {transformers.__version__}"
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.network = network or AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        self.network.eval()
+        for module in self.network.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(_to_fp32)
+                module.register_forward_hook(_back)
+
+    def encode(self, messages):
+        """→ the ids of the prompt, with the chat template"""
+        options = dict(add_generation_prompt=True, return_dict=False)
+        return self.tokenizer.apply_chat_template(messages, **options)
+
+    @torch.no_grad()
+    def answer(self, ids):
+        """→ [Step] of the greedy answer to a prompt"""
+        options = dict(do_sample=False, max_new_tokens=NEW_TOKENS, output_logits=True)
+        found = self.network.generate(
+            torch.tensor([ids]), return_dict_in_generate=True, eos_token_id=None, **options
+        )
+        new = found.sequences[0, len(ids) :].tolist()
+        tops = [logits[0].float().log_softmax(-1).topk(TOP) for logits in found.logits]
+        pairs = (dict(zip(t.indices.tolist(), t.values.tolist(), strict=True)) for t in tops)
+        return [Step(*each) for each in zip(new, pairs, strict=True)]
+
+
+def _to_fp32(module, inputs):
+    for param in module.parameters(recurse=False):
+        param.stored, param.data = param.data, param.data.float()
+    return tuple(x.float() if x.is_floating_point() else x for x in inputs)
+
+
+def _back(module, inputs, output):
+    for param in module.parameters(recurse=False):
+        param.data = param.stored
+
+
+class LlamaCppReader:
+    """llama.cpp's server on the CPU, from the package xllamacpp."""
+
+    def __init__(self, file, adapter=None):
+        """adapter: None, or a GGUF file of an adapter"""
+        import xllamacpp
+
+        self.name = f"llama.cpp (xllamacpp {xllamacpp.__version__})"
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        if adapter:
+            lora = xllamacpp.CommonAdapterLoraInfo()
+            lora.path, lora.scale = str(adapter), 1.0
+            params.lora_adapters = [lora]
+        params.n_ctx, params.n_parallel, params.verbosity = 1024, 1, -1
+        params.warmup, params.use_jinja = False, True
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        # Exact, so that differences come from the file alone.
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        try:
+            self.server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise Differs(f"{self.name} can't open it: {error}") from error
+
+    def close(self):
+        """Lets go of the file."""
+        del self.server
+
+    def post(self, path, **body):
+        """A request to the server → its answer, from JSON"""
+        url, data = self.server.listening_address + path, json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with no_proxy.open(request) as answer:
+            return json.loads(answer.read())
+
+    def encode(self, messages):
+        """→ the ids of the prompt, with the chat template"""
+        text = self.post("/apply-template", messages=messages)["prompt"]
+        return self.post("/tokenize", content=text, parse_special=True)["tokens"]
+
+    def answer(self, ids):
+        """→ [Step] of the greedy answer to a prompt"""
+        steps = []
+        options = dict(n_predict=1, n_probs=TOP, temperature=0, return_tokens=True)
+        while len(steps) < NEW_TOKENS:
+            found = self.post("/completion", prompt=ids + [step.id for step in steps], **options)
+            if found["stop_type"] == "eos":
+                break
+            told = found.get("completion_probabilities")  # None if a character is not complete
+            tops = told[0]["top_logprobs"] if told else []
+            log_probs = {top["id"]: top["logprob"] for top in tops}
+            steps.append(Step(found["tokens"][0], log_probs))
+        return steps
