@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import commands, infer_flags, train_flags
 
-PAGES = {"en": ROOT / "docs" / "flags.md", "zh": ROOT / "docs" / "flags.zh.md"}
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {"en": DOCS / "flags.md", "zh": DOCS / "flags.zh.md"}
 HEADS = {"en": "| flag | what it does | default |", "zh": "| 参数 | 作用 | 默认值 |"}
 DEFAULTS = {"without --model: ": "不带 --model 时 ", "an epoch": "一轮"}
 DEFAULTS |= {"on CUDA, where that is possible": "CUDA 上能用就用", "; ": "；"}
@@ -35,7 +35,7 @@ def parser_of(module):
 
 
 def flags_of(module):
-    """→ [(title of the group, [(flag with its value, what it does, default)])] as --help has them"""
+    """→ [(title of a group, [(flag with its value, what it does, default)])], as --help has them"""
     parser = parser_of(module)
     formatter, groups = parser._get_formatter(), []
     for group in parser._action_groups:
