@@ -160,7 +160,7 @@ def test_its_commands_run(section, tmp_path, monkeypatch, small_run, start):
 
 
 def test_every_command_stands_in_a_section():
-    for page in ENGLISH:
+    for page in [page for page in ENGLISH if page not in COMING]:
         text = page.read_text("utf-8")
         assert len(commands_of(text)) == sum(map(len, map(commands_of, sections(text).values())))
         for language, code in blocks(text):
