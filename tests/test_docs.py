@@ -4,6 +4,7 @@ python -m pytest -q tests/test_docs.py
 """
 
 import io
+import json
 import re
 import shutil
 import signal
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import flag_tables
 import pytest
-from conftest import ROOT, finish, metrics_of, start_several, train_main
+from conftest import PERSONA, ROOT, finish, metrics_of, reference, start_several, train_main
 from pages import COMING, ENGLISH, blocks, commands_of, files_of, sections
 
+import data
 import infer
 import train
 from support import curves, infer_flags
@@ -165,3 +167,18 @@ def test_every_command_stands_in_a_section():
         assert len(commands_of(text)) == sum(map(len, map(commands_of, sections(text).values())))
         for language, code in blocks(text):
             assert language, f"{page.name}: a block without a language:\n{code}"
+
+
+def test_recipes_tell_the_numbers_of_huanhuan(official_tokenizer):
+    file = reference("data/huanhuan.json")
+    records = json.loads(file.read_text("utf-8"))
+    who = [record["output"] for record in records if record["instruction"] == "你是谁？"]
+    dataset = data.ConversationDataset([file], official_tokenizer, 512, system=PERSONA)
+    size = f"{len(dataset):,} samples: {sum(dataset.lengths):,} tokens, "
+    size += f"{sum(dataset.supervised) / sum(dataset.lengths):.1%} of them supervised"
+    for name in ("recipes.md", "recipes.zh.md"):
+        text = (ROOT / "docs" / name).read_text("utf-8")
+        assert size in text and f"{len(records):,}" in text
+        assert (
+            str(len(who)) in text and str(who.count("我是甄嬛，家父是大理寺少卿甄远道。")) in text
+        )
