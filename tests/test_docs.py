@@ -66,6 +66,7 @@ SECTIONS = {
     for title, text in sections(page.read_text("utf-8")).items()
     if any(len(command.words) > 1 for command in commands_of(text))
 }
+SMALL = ["--max-steps", "1", "--logging-steps", "1", "--device", "cpu"]
 ENVIRONMENT = re.compile(r"[A-Z0-9_]+=")
 OTHERS = ("pip", "modelscope", "ollama", "git", "ruff")  # programs that are not this project's
 
@@ -78,7 +79,13 @@ def small_run(tmp_path_factory):
     return directory
 
 
-SMALL = ["--max-steps", "1", "--logging-steps", "1", "--device", "cpu"]
+@pytest.fixture
+def own_signals():
+    """Puts back the handlers of signals, which both commands replace."""
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def small_scale(words):
@@ -134,11 +141,10 @@ def flags_known_to_infer():
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_its_commands_run(section, tmp_path, monkeypatch, small_run, start):
+def test_its_commands_run(section, tmp_path, monkeypatch, small_run, start, own_signals):
     """Each command runs, or it is marked, and names something that is there."""
     monkeypatch.chdir(tmp_path)
     text, commands = SECTIONS[section], commands_of(SECTIONS[section])
-    handlers = {number: signal.getsignal(number) for number in STOPPING}
     if not any("train.py" in command.words for command in commands):
         shutil.copytree(small_run, "output/ChatGLM")
     shutil.copytree(small_run, "output/other")
@@ -157,8 +163,6 @@ def test_its_commands_run(section, tmp_path, monkeypatch, small_run, start):
             assert words[0] in OTHERS or (ROOT / words[1]).exists() or "pytest" in words, words
             files = [word for word in words if re.search(r"^(tests/|requirements).+\.\w+$", word)]
             assert all((ROOT / file).exists() for file in files if "export" not in file), words
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_every_command_stands_in_a_section():
