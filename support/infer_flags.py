@@ -15,9 +15,9 @@ def parse_args(argv=None):
     add("--prompt", metavar="TEXT", help="answer this user's message")
     add("--input", nargs="+", metavar="FILE", help="answer these records, of train.py's formats")
     add("--merge-to", metavar="DIR", help="save base and adapter as one checkpoint")
-    add("--gguf", metavar="FILE", help="save them as one file for llama.cpp and Ollama")
-    add("--gguf-adapter", metavar="FILE", help="save the adapter alone for llama.cpp")
-    add("--check", metavar="DIR_OR_FILE", help="compare such an export with base and adapter")
+    add("--gguf", metavar="FILE", help="save them as one file, for llama.cpp and Ollama")
+    add("--gguf-adapter", metavar="FILE", help="save the adapter alone, for llama.cpp")
+    add("--check", metavar="DIR_OR_FILE", help="compare an export with base and adapter")
     add = group.add_argument
     add("--compare", action="store_true", help="with --prompt: the base's answer first")
     add("--output", metavar="FILE", help="with --input: JSONL, each record with its prediction")
@@ -34,13 +34,13 @@ def parse_args(argv=None):
     commands.add_load_in_flag(add)
     add("--compile", action="store_true", help="compile the blocks: faster, after up to a minute")
     add = parser.add_argument_group("exports").add_argument
-    layout = "of --merge-to; official: also for vLLM and SGLang; glm: transformers' own model"
+    layout = "what --merge-to writes: the official layout, or transformers' own GLM model"
     add("--layout", choices=("official", "glm"), default="official", help=layout)
-    code = "copy the base's code files too, for programs that run remote code"
+    code = "--merge-to also copies the base's code files"
     add("--with-official-code", action="store_true", help=code)
     kinds = ("f16", "q8_0", "q4_0", "f32")
-    add("--gguf-type", choices=kinds, default="f16", help="of the matrices in --gguf's file")
-    no_check = "do not compare what was written with base and adapter"
+    add("--gguf-type", choices=kinds, default="f16", help="type of the matrices in --gguf")
+    no_check = "do not compare the export with base and adapter"
     add("--no-check", action="store_true", help=no_check)
     add = parser.add_argument_group("decoding").add_argument
     add("--batch-size", type=number(1, 2**16), default=16, help="records answered together")
