@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from support import layouts, self_check
-from support.bases import base_file, check_finite, own_dtype
+from support.bases import base_file, check_finite, own_dtype, zero_if_finite
 from support.config import DTYPES, dtype_name
 from support.errors import one_line
 from support.files import as_json, delete, nearest_existing, read_json, write_files
@@ -239,7 +239,7 @@ def write_shards(directory, targets, dtype, progress):
         shard = {}
         for name in names:
             shard[name] = targets[name].read().to(dtype, copy=True).contiguous()
-            if not shard[name].isfinite().all():
+            if zero_if_finite(shard[name]) != 0:
                 what = f"{name} has numbers too large for {dtype_name(dtype)}"
                 raise ValueError(f"{what}; give --dtype fp32")
             progress(shard[name].nbytes)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, TokenType
 
+from support.bases import zero_if_finite
 from support.errors import one_line
 from support.tokenizer_files import NOT_IN_PROMPTS, special_tokens
 
@@ -191,7 +192,7 @@ def as_type(tensor, kind, name):
     if kind == GGMLQuantizationType.F32:
         return tensor.numpy()
     if kind == GGMLQuantizationType.F16:
-        if not (half := tensor.half()).isfinite().all():
+        if zero_if_finite(half := tensor.half()) != 0:
             raise ValueError(f"{name} has numbers too large for fp16; give --gguf-type f32")
         return half.numpy()
     rows = tensor.split(max(1, CHUNK // tensor.shape[-1]))
