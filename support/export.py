@@ -167,13 +167,16 @@ class Export:
         return files | {"config.json": as_json(config)}
 
     def check_directory(self, path):
-        config = read_json(path / "config.json")
-        dtype = next(n for n, dtype in DTYPES.items() if dtype_name(dtype) == config["torch_dtype"])
-        network = None
-        if config["model_type"] == "chatglm":
-            stop_ids = self.tokenizer.stop_ids
-            network = layouts.official_as_glm(path, type(self.model.model), DTYPES[dtype], stop_ids)
-        reader = TransformersReader(path, network)
+        dtype, network = own_dtype(path), None
+        if dtype == "auto":
+            raise ValueError(f"{path}: not an export of infer.py: its config.json has no dtype")
+        try:
+            if read_json(path / "config.json")["model_type"] == "chatglm":
+                kind, stop_ids = type(self.model.model), self.tokenizer.stop_ids
+                network = layouts.official_as_glm(path, kind, DTYPES[dtype], stop_ids)
+            reader = TransformersReader(path, network)
+        except Exception as error:  # whatever a damaged directory makes the readers raise
+            raise ValueError(f"{path}: transformers can't open it: {one_line(error)}") from error
         self_check.compare(reader, self.model, self.prompts, LIMITS[dtype])
 
     # --- GGUF ---------------------------------------------------------------------------------

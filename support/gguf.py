@@ -278,14 +278,21 @@ def check_adapter(file, model):
 
 # --- Ollama -----------------------------------------------------------------------------------
 
-# The chat template in Ollama's language, which does not read that of the file.
-TEMPLATE = """TODO"""
+# The prompt format as a template of Go: Ollama knows the GGUF file's own template only if it is one
+# of its list. SYSTEM is the first of .Messages.
+OLLAMA_TEMPLATE = (
+    "[gMASK]<sop>{{ range .Messages }}"
+    '<|{{ if eq .Role "tool" }}observation{{ else }}{{ .Role }}{{ end }}|>\n'
+    "{{ if .Content }} {{ .Content }}{{ end }}{{ end }}<|assistant|>"
+)
 
 
 def modelfile(file_name, system):
     """→ the text of a Modelfile, for `ollama create`. system: the system message, or None"""
-    lines = [f"FROM ./{file_name}", f'TEMPLATE """{TEMPLATE}"""']
-    if system:
+    lines = [f"FROM ./{file_name}", f'TEMPLATE """{OLLAMA_TEMPLATE}"""']
+    if system and '"""' in system:
+        lines.append('# SYSTEM can\'t hold the system message, because """ is in it.')
+    elif system:
         lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "<|{role}|>"' for role in ("user", "observation")]
     return "\n".join(lines) + "\n"

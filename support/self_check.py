@@ -64,19 +64,20 @@ def compare(reader, model, prompts, limit):
     rows = [ids + [step.id for step in answer] for (_, ids), answer in pairs]
     longest = max(map(len, rows))
     logits = model.logits(torch.tensor([row + [0] * (longest - len(row)) for row in rows]))
-    largest, equal, steps = 0.0, 0, 0
+    differences, are_equal = [], []
     for (_, ids), answer, row in zip(prompts, answers, logits, strict=True):
         ours = row[len(ids) - 1 :][: len(answer)].log_softmax(-1)
         for step, mine in zip(answer, ours, strict=True):
-            for id, theirs in step.log_probs.items():
-                largest = max(largest, abs(mine[id].item() - theirs))
-            equal += step.id == mine.argmax().item()
-            steps += 1
+            differences += [abs(mine[id].item() - found) for id, found in step.log_probs.items()]
+            are_equal.append(step.id == mine.argmax().item())
+    if not differences:
+        raise Differs(f"{reader.name}: it has answered nothing that could be compared")
+    largest, steps = torch.tensor(differences).max().item(), len(are_equal)  # NaN, if there is one
     told = f"log-probabilities differ by at most {largest:.1e} (top {TOP} of {steps} steps"
     print(f"         {told}; limit {limit:g})")
-    print(f"         {equal} of {steps} greedy tokens are equal")
+    print(f"         {sum(are_equal)} of {steps} greedy tokens are equal")
     if not largest <= limit:
-        raise Differs(f"{reader.name}: {told}); at most {limit:g} is the rounding of this type")
+        raise Differs(f"{reader.name}: {told}); rounding to this type gives at most {limit:g}")
 
 
 class TransformersReader:

@@ -4,6 +4,7 @@ python -m pytest -q tests/test_export.py
 """
 
 import json
+import math
 import re
 import resource
 import shutil
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM
 
 import infer
 import model as chatglm
-from support import bases, export, layouts
+from support import bases, export, layouts, self_check
 from support.merging import MergedModel
 
 NORM = "transformer.encoder.final_layernorm.weight"
@@ -320,9 +321,38 @@ def test_the_check_can_be_made_later(tmp_path, capsys):
     with pytest.raises(SystemExit):
         infer.main([*arguments, "--check", str(tmp_path / "m")])
     assert "log-probabilities differ" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        infer.main([*arguments, "--check", str(tmp_path / "none")])
-    assert "there is nothing to check" in capsys.readouterr().err
+    for name, message in (
+        ("none", "there is nothing to check"),
+        ("a", "a: no model here: it has no config.json"),
+        ("m", "m: transformers can't open it: "),
+    ):
+        (tmp_path / "m" / "tokenizer.json").write_text("{")
+        told = refused_by_infer(capsys, *arguments, "--check", tmp_path / name)
+        assert message in told
+
+
+def test_a_number_that_is_not_finite_is_found(base, tokenizer):
+    """A difference of NaN is a difference."""
+
+    class Reader:
+        name = "a reader"
+
+        def encode(self, messages):
+            return [5, 6, 7]
+
+        def answer(self, ids):
+            return [self_check.Step(8, {8: -1.0}), self_check.Step(9, {9: self.number})]
+
+    model = MergedModel(str(FIXTURES / "tiny"), chatglm.ChatGLMForCausalLM)
+    prompts = [(self_check.CONVERSATIONS[0], [5, 6, 7])]
+    for Reader.number in (math.nan, -math.inf):
+        with pytest.raises(self_check.Differs, match="a reader: log-probabilities differ"):
+            self_check.compare(Reader(), model, prompts, 100)
+    Reader.number = -2.0
+    self_check.compare(Reader(), model, prompts, 100)
+    Reader.answer = lambda self, ids: []
+    with pytest.raises(self_check.Differs, match="nothing that could be compared"):
+        self_check.compare(Reader(), model, prompts, 100)
 
 
 def test_numbers_too_large_for_fp16_are_refused(checkpoint, tmp_path):

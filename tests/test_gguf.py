@@ -318,13 +318,14 @@ def test_without_gguf_there_is_a_hint(tmp_path, monkeypatch, capsys):
     assert told.endswith("GGUF files need gguf: pip install -r requirements-export.txt")
 
 
-def test_the_modelfile(tmp_path, capsys):
-    """It has the system message, whatever is in it."""
-    system = 'He said "hi".\\n甄嬛 {{ .System }} """'
+def test_the_modelfile(tmp_path):
+    """It has the system message that was trained with, and the prompt format."""
+    system = 'He said "hi".\n甄嬛 {{ .System }}'
     adapter = adapter_of(tmp_path / "a", system)
     infer.main(["--adapter", str(adapter), "--gguf", str(tmp_path / "m.gguf"), "--no-check"])
     told = (tmp_path / "m.Modelfile").read_text("utf-8")
-    assert told.startswith("FROM ./m.gguf\n")
-    for role in ("user", "observation"):
-        assert f'PARAMETER stop "<|{role}|>"\n' in told
-    assert "甄嬛" in told
+    assert told.startswith('FROM ./m.gguf\nTEMPLATE """[gMASK]<sop>{{ range .Messages }}<|')
+    assert f'"""\nSYSTEM """{system}"""\n' in told
+    assert told.endswith('PARAMETER stop "<|user|>"\nPARAMETER stop "<|observation|>"\n')
+    assert "SYSTEM" not in gguf.modelfile("m.gguf", None)
+    assert 'SYSTEM """' not in gguf.modelfile("m.gguf", 'three """')
