@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,7 +104,7 @@ class Export:
 
     def __init__(self, args, model, tokenizer, preamble, encode_prompt):
         self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.system = preamble.system
+        self.system, self.start = preamble.system, time.perf_counter()
         self.prompts = []  # of those that the check uses, what fits into the context
         for messages in map(preamble.added_to, self_check.CONVERSATIONS):
             ids = encode_prompt(tokenizer, messages)
@@ -125,6 +126,9 @@ class Export:
         else:
             self.check_gguf(path)
 
+    def seconds(self):
+        return f"{time.perf_counter() - self.start:.1f} s"
+
     # --- directories --------------------------------------------------------------------------
 
     def write_directory(self, path):
@@ -141,7 +145,7 @@ class Export:
                 shutil.copymode(part / "config.json", file)
             if not self.args.no_check:
                 self.check_directory(part)
-        print(f"saved    {path}; try it:")
+        print(f"saved    {path} in {self.seconds()}; try it:")
         if is_glm:
             print(f"         transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})")
         else:
@@ -193,7 +197,7 @@ class Export:
                 self.check_gguf(part)
             with whole(modelfile_of(path)) as modelfile:
                 modelfile.write_text(gguf.modelfile(path.name, self.system), "utf-8")
-        print(f"saved    {path}, and {modelfile_of(path).name}; try it:")
+        print(f"saved    {path}, and {modelfile_of(path).name}, in {self.seconds()}; try it:")
         print(f"         llama-server --jinja -m {shlex.quote(str(path))}")
         print(f"         ollama create NAME -f {shlex.quote(str(modelfile_of(path)))}")
 

@@ -208,34 +208,46 @@ def refused(capsys, *arguments):
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """start(*arguments, **environment) → a process that runs train.py.
+def fork(tmp_path_factory):
+    """fork(function, *arguments) → a process that calls it, and prints to the file process.log.
 
-    It is forked from a process that has imported train.py, and prints to the file process.log.
+    It is forked from a process that has imported train.py and infer.py.
     """
     # peft imports bitsandbytes, which starts CUDA, and then no process can be forked.
     can_fork = not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes"))
     context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if can_fork:
-        context.set_forkserver_preload(["train"])
+        context.set_forkserver_preload(["train", "infer"])
     os.environ["PYTHONPATH"] = str(ROOT)
     logs, numbers = tmp_path_factory.mktemp("logs"), itertools.count()
 
-    def start(*arguments, **environment):
-        log, arguments = logs / str(next(numbers)), [str(argument) for argument in arguments]
-        process = context.Process(target=train_in_this_process, args=(arguments, environment, log))
+    def fork(function, *arguments):
+        log = logs / str(next(numbers))
+        process = context.Process(target=call_and_log, args=(log, function, *arguments))
         process.log = log
         process.start()
         return process
 
-    return start
+    return fork
 
 
-def train_in_this_process(arguments, environment, log):
-    os.environ.update(environment)
+def call_and_log(log, function, *arguments):
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    function(*arguments)
+
+
+@pytest.fixture(scope="session")
+def start(fork):
+    """start(*arguments, **environment) → a process that runs train.py: see fork"""
+    return lambda *arguments, **environment: fork(
+        train_in_this_process, [str(argument) for argument in arguments], environment
+    )
+
+
+def train_in_this_process(arguments, environment):
+    os.environ.update(environment)
     train.main(arguments)
 
 

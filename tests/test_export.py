@@ -5,12 +5,11 @@ python -m pytest -q tests/test_export.py
 
 import json
 import math
+import os
 import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,10 +18,9 @@ from conftest import (
     ANSWER,
     FIXTURES,
     QUESTION,
-    ROOT,
     adapter_of,
+    finish,
     refused_by_infer,
-    run,
     with_random_lora,
     write_layout,
 )
@@ -218,21 +216,35 @@ def test_nothing_is_overwritten(tmp_path, capsys, monkeypatch, there, flags, mes
     assert [path.name for path in file.parent.iterdir()] == ["notes"]
 
 
-def small_disk():
+def export_to_a_full_disk(arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    infer.main(arguments)
+
+
+def killed_export(arguments):
+    """The process dies while it reads the twelfth tensor to write it."""
+    read, names = MergedModel.__getitem__, []
+
+    def read_or_die(self, name):
+        names.append(name)
+        if len(names) == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, name)
+
+    MergedModel.__getitem__ = read_or_die
+    infer.main(arguments)
 
 
 EXPORTS = [["--merge-to"], ["--layout", "glm", "--merge-to"], ["--gguf"]]
 
 
 @pytest.mark.parametrize("flags", EXPORTS)
-def test_a_disk_that_is_full_leaves_nothing(tmp_path, flags):
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, fork, flags):
     arguments = built_in_export(tmp_path, *flags, tmp_path / "m")
-    done = run("infer.py", *arguments, preexec_fn=small_disk)
-    errors = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert done.returncode == 2 and len(errors) == 1, done.stderr
-    assert "m: cannot write" in errors[0] and "Traceback" not in done.stderr
+    told = finish(fork(export_to_a_full_disk, arguments), 2)
+    errors = [line for line in told.splitlines() if "error: " in line]
+    assert len(errors) == 1 and "m: cannot write" in errors[0] and "Traceback" not in told
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -245,27 +257,11 @@ def test_a_disk_with_too_little_room_is_not_begun(tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("flags", EXPORTS)
-def test_a_killed_export_leaves_nothing_under_its_name(tmp_path, flags):
+def test_a_killed_export_leaves_nothing_under_its_name(tmp_path, fork, flags):
     """It is killed while weights are written. What is left is named .part."""
     arguments = built_in_export(tmp_path, *flags, tmp_path / "m")
-    program = """
-import os, signal, sys
-sys.argv[0] = "infer.py"
-import infer
-from support.merging import MergedModel
-read, count = MergedModel.__getitem__, []
-def killed(self, name):
-    count.append(name)
-    if len(count) == 12:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read(self, name)
-MergedModel.__getitem__ = killed
-infer.main()
-"""
-    command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} <= {"a", "m.part"}
+    finish(fork(killed_export, arguments), -signal.SIGKILL)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "m.part"}
 
 
 # --- the export proves itself -----------------------------------------------------------------

@@ -3,10 +3,7 @@
 python -m pytest -q tests/test_windows.py
 """
 
-import itertools
 import json
-import multiprocessing
-import os
 import subprocess
 import sys
 
@@ -22,29 +19,15 @@ FLAGS = [*LONG, "--eval-split", "0.2", "--eval-steps", "2", "--keep-checkpoints"
 FLAGS += ["--device", "cpu", "--output-dir"]
 
 
-def run_under_rules(script, arguments, log):
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def run_under_rules(script, arguments):
     windows.impose()
     {"train": train, "infer": infer}[script].main(arguments)
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(fork):
     """start("train" or "infer", *arguments) → a process, forked as in conftest.start"""
-    numbers = itertools.count()
-
-    def start(script, *arguments):
-        context = multiprocessing.get_context("forkserver")
-        log = tmp_path / f"log{next(numbers)}"
-        arguments = (script, [*map(str, arguments)], log)
-        process = context.Process(target=run_under_rules, args=arguments)
-        process.log = log
-        process.start()
-        return process
-
-    return start
+    return lambda script, *arguments: fork(run_under_rules, script, [*map(str, arguments)])
 
 
 def start_without_modules(script, *arguments):
