@@ -25,7 +25,7 @@ import data
 import model as chatglm
 from support import answers, bases, commands
 from support.chat import chat, reply
-from support.export import Export, check_possible
+from support.export import Export, check_target
 from support.infer_flags import parse_args
 from support.merging import MergedModel
 from support.preamble import Preamble, read_tools
@@ -295,7 +295,7 @@ def run(args):
     """Does what the flags say. Raises ValueError or OSError with a message for the user."""
     todo = answers.unanswered(args.input, args.output, args.keys) if args.input else None
     if args.export:
-        check_possible(args)
+        check_target(args)
     commands.check_utf8(args.model, args.tools)
     model, tokenizer, preamble = load(args)
     if args.export:

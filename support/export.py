@@ -4,13 +4,13 @@ An export is written whole or not at all. Before it gets its name, another progr
 opens it, and what it computes is compared with this project's model: see support/self_check.py.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
 import shlex
 import shutil
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,10 +24,13 @@ from support.bases import base_file, check_finite, own_dtype, zero_if_finite
 from support.config import DTYPES, dtype_name
 from support.errors import one_line
 from support.files import as_json, delete, nearest_existing, read_json, write_files
+from support.ollama import modelfile_text
 from support.self_check import LIMITS, LlamaCppReader, TransformersReader
 from support.tokenizer_files import CHAT_TEMPLATE, tokenizer_files
 
 SHARD = "2GB"  # about the official size
+# The file's own template; and an answer is a text: llama.cpp can't parse ChatGLM3's calls.
+LLAMA_FLAGS = "--jinja --skip-chat-parsing"
 # Code and settings that stand beside the official weights. They are copied, and never run.
 OFFICIAL_CODE = (
     "configuration_chatglm.py",
@@ -39,22 +42,27 @@ OFFICIAL_CODE = (
 )
 
 
-def check_possible(args):
+def check_target(args):
     """Raises ValueError if something is where an export would be, or a package is missing."""
     path = Path(getattr(args, args.export)).absolute()
-    for each in (path, modelfile_of(path)) if args.gguf else (path,):
-        is_empty = args.merge_to and path.is_dir() and not any(path.iterdir())
-        if each.exists() and not is_empty and not args.check:
-            raise ValueError(f"{each} exists already; choose another name")
-        if (part := part_of(each)).exists():
-            raise ValueError(f"{part}: {each.name} would be written there first; remove it")
     if args.check and not path.exists():
         raise ValueError(f"{path}: there is nothing to check")
-    if not path.is_dir() and not args.merge_to and importlib.util.find_spec("gguf") is None:
+    targets = [] if args.check else [path]
+    if args.gguf:
+        targets.append(modelfile_path(path))
+    for each in targets:
+        is_empty = args.merge_to and path.is_dir() and not any(path.iterdir())
+        if each.exists() and not is_empty:
+            raise ValueError(f"{each} exists already; choose another name")
+        if (part := part_of(each)).exists():
+            what = "it is left of an export that was stopped, or something else is called so"
+            raise ValueError(f"{part}: {what}; remove it")
+    is_gguf = args.gguf or args.gguf_adapter or (args.check and path.is_file())
+    if is_gguf and importlib.util.find_spec("gguf") is None:
         raise ValueError("GGUF files need gguf: pip install -r requirements-export.txt")
 
 
-def modelfile_of(file):
+def modelfile_path(file):
     """→ the path of the Modelfile beside a GGUF file"""
     return file.with_name(f"{file.name.removesuffix('.gguf')}.Modelfile")
 
@@ -64,9 +72,9 @@ def part_of(path):
     return path.with_name(f"{path.name}.part")
 
 
-@contextmanager
-def whole(path, size=0):
-    """Gives the path to write to. At the end it gets its name; after an error it is deleted.
+@contextlib.contextmanager
+def written_whole(path, size=0):
+    """Gives the path to write to. On success it is renamed to `path`; after an error it is deleted.
 
     size: how many bytes will be written. Raises ValueError if the disk does not take them.
     """
@@ -77,7 +85,7 @@ def whole(path, size=0):
         raise ValueError(f"{path}: cannot write: {what}")
     try:
         yield part
-        if path.exists():  # it is an empty directory, and Windows replaces none
+        if path.exists():  # an empty directory, which os.replace does not replace on Windows
             path.rmdir()
         os.replace(part, path)
     except BaseException as error:
@@ -88,9 +96,9 @@ def whole(path, size=0):
         raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress_bar(size, what):
-    """Gives a function that is told of n more bytes."""
+    """Gives progress(n), to be called after n more bytes."""
     options = dict(unit="B", unit_scale=True, unit_divisor=1024, desc=what, leave=False)
     with tqdm(total=size, disable=None, **options) as bar:
         yield bar.update
@@ -105,11 +113,10 @@ class Export:
     def __init__(self, args, model, tokenizer, preamble, encode_prompt):
         self.args, self.model, self.tokenizer = args, model, tokenizer
         self.system, self.start = preamble.system, time.perf_counter()
-        self.prompts = []  # of those that the check uses, what fits into the context
-        for messages in map(preamble.added_to, self_check.CONVERSATIONS):
-            ids = encode_prompt(tokenizer, messages)
-            if len(ids) + self_check.NEW_TOKENS <= model.config.seq_length:
-                self.prompts.append((messages, ids))
+        conversations = map(preamble.added_to, self_check.CONVERSATIONS)
+        prompts = [(messages, encode_prompt(tokenizer, messages)) for messages in conversations]
+        room = model.config.seq_length - self_check.NEW_TOKENS
+        self.prompts = [(messages, ids) for messages, ids in prompts if len(ids) <= room]
 
     def run(self):
         """Raises ValueError if base or adapter can't be exported, or an export is not right."""
@@ -137,11 +144,11 @@ class Export:
         dtype = DTYPES["fp32" if name == "auto" else name]
         targets = (layouts.glm_tensors if is_glm else layouts.official_tensors)(self.model)
         size = dtype.itemsize * sum(math.prod(target.shape) for target in targets.values())
-        with whole(path, size) as part:
+        with written_whole(path, size) as part:
             write_files(part, self.small_files(dtype, is_glm))
             with progress_bar(size, "writing") as progress:
                 write_shards(part, targets, dtype, progress)
-            for file in part.glob("*.safetensors"):  # they are the owner's alone
+            for file in part.glob("*.safetensors"):  # which only the owner may read
                 shutil.copymode(part / "config.json", file)
             if not self.args.no_check:
                 self.check_directory(part)
@@ -149,9 +156,11 @@ class Export:
         if is_glm:
             print(f"         transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})")
         else:
-            shown = shlex.quote(self.system) if (self.system or "\n").isprintable() else "…"
-            hint = f" --system {shown}" if self.system else ""
-            print(f"         python infer.py --no-adapter --model {shlex.quote(str(path))}{hint}")
+            hint = f"--no-adapter --model {shlex.quote(str(path))}"
+            if self.system:
+                shown = shlex.quote(self.system) if self.system.isprintable() else "…"
+                hint += f" --system {shown}"
+            print(f"         python infer.py {hint}")
 
     def small_files(self, dtype, is_glm):
         """→ {name: bytes} of all files but the weights"""
@@ -183,42 +192,31 @@ class Export:
             raise ValueError(f"{path}: transformers can't open it: {one_line(error)}") from error
         self_check.compare(reader, self.model, self.prompts, LIMITS[dtype])
 
-    # --- GGUF ---------------------------------------------------------------------------------
+    # --- GGUF: support/gguf.py needs the package gguf, which is optional ----------------------
 
     def write_gguf(self, path):
         from support import gguf
 
         file = gguf.ModelFile(self.model, self.tokenizer, CHAT_TEMPLATE, self.args.gguf_type)
         size = sum(file.sizes.values())
-        with whole(path, size) as part:
+        with written_whole(path, size) as part:
             with progress_bar(size, "writing") as progress:
                 file.write(part, progress)
             if not self.args.no_check:
                 self.check_gguf(part)
-            with whole(modelfile_of(path)) as modelfile:
-                modelfile.write_text(gguf.modelfile(path.name, self.system), "utf-8")
-        print(f"saved    {path}, and {modelfile_of(path).name}, in {self.seconds()}; try it:")
-        print(f"         llama-server --jinja -m {shlex.quote(str(path))}")
-        print(f"         ollama create NAME -f {shlex.quote(str(modelfile_of(path)))}")
-
-    def write_gguf_adapter(self, path):
-        from support import gguf
-
-        with whole(path) as part:
-            gguf.write_adapter(part, self.model)
-            if not self.args.no_check:
-                self.check_gguf(part)
-        print(f"saved    {path}; try it beside a GGUF file of the base:")
-        print(f"         llama-server --jinja -m BASE.gguf --lora {shlex.quote(str(path))}")
+        context = self.model.config.seq_length
+        with written_whole(modelfile_path(path)) as part:
+            part.write_text(modelfile_text(path.name, self.system, context), "utf-8")
+        print(f"saved    {path}, and {modelfile_path(path).name}, in {self.seconds()}; try it:")
+        print(f"         llama-server {LLAMA_FLAGS} -m {shlex.quote(str(path))}")
+        print(f"         ollama create NAME -f {shlex.quote(str(modelfile_path(path)))}")
 
     def check_gguf(self, path):
         from support import gguf
 
         file_type = gguf.file_type_of(path)
         if file_type is None:
-            gguf.check_adapter(path, self.model)
-            print("checked  each matrix that it adds: it is the adapter's")
-            return
+            return self.check_gguf_adapter(path)
         file = gguf.ModelFile(self.model, self.tokenizer, CHAT_TEMPLATE, file_type)
         with progress_bar(sum(file.sizes.values()), "checking") as progress:
             file.check(path, progress)
@@ -227,15 +225,30 @@ class Export:
             print("         to compare llama.cpp's answers: pip install -r requirements-export.txt")
             print(f"         and then python infer.py --check {shlex.quote(str(path))}")
             return
-        reader = LlamaCppReader(path)
-        self_check.compare(reader, self.model, self.prompts, LIMITS[file_type])
-        reader.close()
+        with contextlib.closing(LlamaCppReader(path)) as reader:
+            self_check.compare(reader, self.model, self.prompts, LIMITS[file_type])
+
+    def write_gguf_adapter(self, path):
+        from support import gguf
+
+        with written_whole(path) as part:
+            gguf.write_adapter(part, self.model)
+            if not self.args.no_check:
+                self.check_gguf_adapter(part)
+        print(f"saved    {path}; try it beside a GGUF file of the base:")
+        print(f"         llama-server {LLAMA_FLAGS} -m BASE.gguf --lora {shlex.quote(str(path))}")
+
+    def check_gguf_adapter(self, path):
+        from support import gguf
+
+        gguf.check_adapter(path, self.model)
+        print("checked  what the file adds to each matrix: it is what the adapter adds")
 
 
 def write_shards(directory, targets, dtype, progress):
     """Writes {name: Target} as safetensors files of at most SHARD, with an index if it has several.
 
-    progress(n) is told of n more bytes. Raises ValueError for a number too large for `dtype`.
+    progress(n) is called after n more bytes. Raises ValueError for a number too large for `dtype`.
     """
     empty = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in targets.items()}
     pattern = "model{suffix}.safetensors"

@@ -38,7 +38,7 @@ def type_of(name, shape, file_type):
     """→ the type of a tensor in a file of that type.
 
     With q4_0, the embedding and the output layer get q8_0, because rounding harms these most. A
-    row that is no multiple of a type's block gets fp16.
+    matrix whose rows are no multiple of the type's block is stored in fp16.
     """
     if len(shape) == 1:
         return GGMLQuantizationType.F32
@@ -55,7 +55,7 @@ def stored_bytes(shape, kind):
 
 
 def file_type_of(file):
-    """→ the key of FILE_TYPES of a GGUF file; None of an adapter. Raises ValueError."""
+    """→ the key of FILE_TYPES of a model's file; None for an adapter's. Raises ValueError."""
     try:
         fields = gguf.GGUFReader(file).fields
     except Exception as error:  # whatever a damaged file makes the reader raise
@@ -87,7 +87,7 @@ class ModelFile:
         }
 
     def write(self, file, progress):
-        """Writes it tensor by tensor. progress(n) is told of n more bytes.
+        """Writes it tensor by tensor. progress(n) is called after n more bytes.
 
         Raises ValueError if a number is too large for fp16.
         """
@@ -144,6 +144,7 @@ class ModelFile:
         writer.add_unk_token_id(pieces.unk_id())
         writer.add_pad_token_id(0)
         writer.add_eot_token_id(tokenizer.special["<|user|>"])
+        writer.add_eom_token_id(tokenizer.special["<|observation|>"])  # ends a tool call
         writer.add_chat_template(self.template)
 
     def check(self, file, progress):
@@ -152,7 +153,8 @@ class ModelFile:
         Raises ValueError if something differs, a tensor by more than its type's rounding.
         """
         reader = gguf.GGUFReader(file)
-        for key, value in self._writer(None).kv_data[0].items():
+        settings = self._writer(None).kv_data[0]  # without a file, it only collects them
+        for key, value in settings.items():
             if key not in reader.fields or not _is_same(reader.fields[key].contents(), value.value):
                 raise ValueError(f"{file}: {key} is not the model's")
         found = {tensor.name: tensor for tensor in reader.tensors}
@@ -162,15 +164,16 @@ class ModelFile:
             wanted, tensor = self.model[source], found[name]
             wanted = wanted.reshape(-1, wanted.shape[-1]).numpy()
             data = tensor.data.reshape(len(wanted), -1)
-            moved = norm = 0.0
+            squared_error = squared_norm = 0.0
             rows = max(1, CHUNK // wanted.shape[-1])
             for first in range(0, len(wanted), rows):
                 part = slice(first, first + rows)
                 read = gguf.quants.dequantize(data[part], tensor.tensor_type)
-                moved += np.square(read - wanted[part]).sum(dtype=np.float64)
-                norm += np.square(wanted[part]).sum(dtype=np.float64)
+                squared_error += np.square(read - wanted[part]).sum(dtype=np.float64)
+                squared_norm += np.square(wanted[part]).sum(dtype=np.float64)
             limit = ROUNDING[self.types[name].name]
-            if tensor.tensor_type != self.types[name] or not moved <= limit**2 * norm:
+            is_near = squared_error <= limit**2 * squared_norm
+            if tensor.tensor_type != self.types[name] or not is_near:
                 raise ValueError(f"{file}: {name} is not the model's {source}")
             progress(self.sizes[name])
 
@@ -206,7 +209,8 @@ def vocabulary(tokenizer, size):
     types = [TokenType.BYTE if pieces.is_byte(id) else TokenType.NORMAL for id in range(len(names))]
     types[pieces.unk_id()] = TokenType.UNKNOWN
     types[tokenizer.eos_id] = TokenType.CONTROL
-    # llama.cpp finds every CONTROL name in a text. So what no prompt has is UNUSED.
+    # llama.cpp turns every CONTROL name in a text into its id. So names that no prompt uses are
+    # UNUSED: they stay text.
     if pieces.bos_id() >= 0:
         types[pieces.bos_id()] = TokenType.UNUSED
     for name in special_tokens(tokenizer):
@@ -223,12 +227,12 @@ def lora_tensors(model):
     """A MergedModel → (alpha, {name: array}) of its adapter, for llama.cpp.
 
     llama.cpp adds alpha / rank · B A x, with one alpha for all layers. Where a layer has another
-    scale (rsLoRA, patterns), B is multiplied by the difference. Raises ValueError for what a GGUF
-    adapter can't hold.
+    scale (rsLoRA, patterns), B is multiplied by the ratio of the two. Raises ValueError for what a
+    GGUF adapter can't hold.
     """
     merge = "a GGUF adapter can't hold that; give --gguf FILE, which merges it"
-    if model.whole:
-        raise ValueError(f"the adapter replaces {next(iter(model.whole))}: {merge}")
+    if model.replaced:
+        raise ValueError(f"the adapter replaces {next(iter(model.replaced))}: {merge}")
     alpha = next(iter(model.lora.values())).lora_alpha["default"]
     result = {}
     for source, layer in model.lora.items():
@@ -237,9 +241,9 @@ def lora_tensors(model):
         if "default" not in layer.lora_A:
             raise ValueError(f"the adapter changes {source}, which is an embedding: {merge}")
         name = tensor_name(source, model.config.num_layers)
-        more = layer.scaling["default"] / (alpha / layer.r["default"])
+        ratio = layer.scaling["default"] / (alpha / layer.r["default"])
         result[f"{name}.lora_a"] = layer.lora_A["default"].weight.detach().numpy()
-        result[f"{name}.lora_b"] = (more * layer.lora_B["default"].weight.detach()).numpy()
+        result[f"{name}.lora_b"] = (ratio * layer.lora_B["default"].weight.detach()).numpy()
     return alpha, result
 
 
@@ -261,38 +265,18 @@ def write_adapter(file, model):
 
 
 def check_adapter(file, model):
-    """Reads the file again. Raises ValueError if B A is not what the adapter adds to a matrix."""
+    """Reads the file again. Raises ValueError if it does not add what the adapter adds."""
     reader = gguf.GGUFReader(file)
-    alpha = reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
+    alpha = reader.fields.get(gguf.Keys.Adapter.LORA_ALPHA)
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    for source, layer in model.lora.items():
-        name = tensor_name(source, model.config.num_layers)
-        a, b = found.pop(f"{name}.lora_a"), found.pop(f"{name}.lora_b")
-        product = alpha / len(a) * b @ a
-        wanted = layer.get_delta_weight("default")
-        if not (product - wanted).norm() <= 1e-5 * wanted.norm():
-            raise ValueError(f"{name} is not the adapter's change of {source}")
-    if found:
-        raise ValueError(f"it holds {next(iter(found))} too")
-
-
-# --- Ollama -----------------------------------------------------------------------------------
-
-# The prompt format as a template of Go: Ollama knows the GGUF file's own template only if it is one
-# of its list. SYSTEM is the first of .Messages.
-OLLAMA_TEMPLATE = (
-    "[gMASK]<sop>{{ range .Messages }}"
-    '<|{{ if eq .Role "tool" }}observation{{ else }}{{ .Role }}{{ end }}|>\n'
-    "{{ if .Content }} {{ .Content }}{{ end }}{{ end }}<|assistant|>"
-)
-
-
-def modelfile(file_name, system):
-    """→ the text of a Modelfile, for `ollama create`. system: the system message, or None"""
-    lines = [f"FROM ./{file_name}", f'TEMPLATE """{OLLAMA_TEMPLATE}"""']
-    if system and '"""' in system:
-        lines.append('# SYSTEM can\'t hold the system message, because """ is in it.')
-    elif system:
-        lines.append(f'SYSTEM """{system}"""')
-    lines += [f'PARAMETER stop "<|{role}|>"' for role in ("user", "observation")]
-    return "\n".join(lines) + "\n"
+    names = {tensor_name(name, model.config.num_layers): name for name in model.lora}
+    wanted_names = {f"{name}.lora_{letter}" for name in names for letter in "ab"}
+    if alpha is None or found.keys() != wanted_names:
+        raise ValueError(f"{file}: it has not the adapter's tensors, or no alpha")
+    for name, source in names.items():
+        a, b = found[f"{name}.lora_a"], found[f"{name}.lora_b"]
+        wanted = model.lora[source].get_delta_weight("default")
+        if b.shape[0] != wanted.shape[0] or a.shape[1] != wanted.shape[1]:
+            raise ValueError(f"{file}: {name} has another shape than {source}")
+        if not (alpha.contents() / len(a) * b @ a - wanted).norm() <= 1e-5 * wanted.norm():
+            raise ValueError(f"{file}: {name} is not what the adapter adds to {source}")

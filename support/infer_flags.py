@@ -65,6 +65,13 @@ def parse_args(argv=None):
         (compare_fails, "--compare needs --prompt, and an adapter"),
         (args.gguf_adapter and args.no_adapter, "--gguf-adapter needs an adapter"),
         (args.export and args.load_in, f"{flag}: a quantised base can't be merged; no --load-in"),
+        (args.layout == "glm" and not args.merge_to, "--layout needs --merge-to"),
+        (args.with_official_code and not args.merge_to, "--with-official-code needs --merge-to"),
+        (args.with_official_code and args.layout == "glm", "--layout glm has no official code"),
+        (args.gguf_type != "f16" and not args.gguf, "--gguf-type needs --gguf"),
+        (args.no_check and not args.export, "--no-check needs an export"),
+        (args.no_check and args.check, "--check and --no-check: give one of them"),
+        (args.check and args.dtype != "auto", "--check: the export has a type; no --dtype"),
         (args.gguf and args.dtype != "auto", "--gguf: its type is that of --gguf-type; no --dtype"),
         (args.keys and not args.input, "--keys needs --input"),
     ):

@@ -12,7 +12,7 @@ import torch
 from transformers import GlmConfig, GlmForCausalLM
 
 from support.config import FIXED, dtype_name
-from support.merging import IGNORED, MergedModel
+from support.merging import INV_FREQ, MergedModel
 
 
 class Target(NamedTuple):
@@ -29,9 +29,9 @@ def official_tensors(model):
         for name, shape in model.shapes.items()
     }
     dim = model.config.kv_channels // 2
-    # The official code takes the table's dtype, not its values.
+    # The official code uses this tensor's dtype only.
     frequencies = 1 / 10000 ** (torch.arange(0, dim, 2) / dim)
-    return {**targets, IGNORED: Target(frequencies.shape, lambda: frequencies)}
+    return {**targets, INV_FREQ: Target(frequencies.shape, lambda: frequencies)}
 
 
 def official_config(config, given, dtype, with_code=False):
@@ -71,7 +71,7 @@ GLM_OTHERS = {
 def glm_tensors(model):
     """A MergedModel → {name: Target} of transformers' GlmForCausalLM."""
     c = model.config
-    rows = [n * c.kv_channels for n in (c.num_attention_heads, *[c.multi_query_group_num] * 2)]
+    qkv_rows = [n * c.kv_channels for n in (c.num_attention_heads, *[c.multi_query_group_num] * 2)]
     targets = {}
     for source, shape in model.shapes.items():
         path, _, kind = source.rpartition(".")
@@ -79,12 +79,16 @@ def glm_tensors(model):
         if part == "self_attention.query_key_value":
             for i, letter in enumerate("qkv"):
                 name = f"model.layers.{number}.self_attn.{letter}_proj.{kind}"
-                read = partial(lambda source, i: model[source].split(rows)[i], source, i)
-                targets[name] = Target((rows[i], *shape[1:]), read)
+                read = partial(_part_of, model, source, qkv_rows, i)
+                targets[name] = Target((qkv_rows[i], *shape[1:]), read)
         else:
             name = GLM_OTHERS.get(path) or f"model.layers.{number}.{GLM_PARTS[part]}"
             targets[f"{name}.{kind}"] = Target(shape, partial(model.__getitem__, source))
     return targets
+
+
+def _part_of(model, name, rows, i):
+    return model[name].split(rows)[i]
 
 
 def glm_config(config, dtype, stop_ids):
@@ -124,5 +128,5 @@ def official_as_glm(directory, model_class, dtype, stop_ids):
         network = GlmForCausalLM(config)
     weights = {name: target.read().to(dtype) for name, target in glm_tensors(written).items()}
     network.load_state_dict(weights, strict=True, assign=True)
-    network.model.rotary_emb = type(network.model.rotary_emb)(config)  # its numbers are no weights
+    network.model.rotary_emb = type(network.model.rotary_emb)(config)  # a buffer that no file holds
     return network

@@ -1,7 +1,7 @@
 """Base and adapter, merged one tensor at a time.
 
 No model is in memory: a tensor is read from its file when it is needed, merged, and forgotten. So a
-base of any size can be exported, and checked, on a machine with a few GiB.
+base of any size can be written, and its logits computed, on a machine with a few GiB.
 """
 
 import torch
@@ -15,7 +15,7 @@ from support.bases import base_file, check_files
 from support.errors import first_few, one_line
 from support.files import read_json
 
-IGNORED = "transformer.rotary_pos_emb.inv_freq"  # rope_table computes it
+INV_FREQ = "transformer.rotary_pos_emb.inv_freq"  # rope_table computes it
 
 
 class CheckpointTensors:
@@ -26,13 +26,13 @@ class CheckpointTensors:
 
     def __init__(self, path):
         check_files(path)
-        self.file, self.tensors = None, {}  # the file that is open: {name: how to read it}
+        self.file, self.tensors = None, {}  # the open file, and {name: a function that reads it}
         self.file_of = {name: file for file in _weight_files(path) for name in self._open(file)}
 
     def _open(self, file):
         """→ {name: a function that reads it}. One file is open at a time."""
         if file != self.file:
-            self.tensors = {}  # lets go of the file before
+            self.tensors = {}  # closes the file before
             if str(file).endswith(".safetensors"):
                 opened = safe_open(file, "pt")
                 read = opened.get_tensor
@@ -79,7 +79,7 @@ class MergedModel:
                 self.model = model_class(self.config)
             self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
             found = self.files.shapes()
-            found.pop(IGNORED, None)
+            found.pop(INV_FREQ, None)
             wrong = [(n, found[n], s) for n, s in self.shapes.items() if n in found]
             wrong = [each for each in wrong if each[1] != each[2]]
             faults = key_faults(
@@ -93,18 +93,18 @@ class MergedModel:
             for name, param in module.named_parameters(recurse=False):
                 setattr(module, name, placeholder(param.shape))
         self.model.name_or_path = path
-        self.whole, self.lora = {}, {}
+        self.replaced, self.lora = {}, {}
         if adapter is not None:
             self._add(load_adapter(self.model, adapter))
         self.model.eval()
-        self.cached = None, None
+        self.cached = None, None  # the last tensor: glm_tensors reads query_key_value three times
 
     def _add(self, peft_model):
         """Notes which tensors the adapter replaces, and which of its layers change a tensor."""
         prefix = "base_model.model."
         for name, tensor in adapter_tensors(peft_model).items():
             if ".lora_" not in name:
-                self.whole[name.removeprefix(prefix).replace(".base_layer.", ".")] = tensor
+                self.replaced[name.removeprefix(prefix).replace(".base_layer.", ".")] = tensor
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLayer):
                 self.lora[f"{name}.weight"] = module
@@ -121,11 +121,12 @@ class MergedModel:
         return self.cached[1]
 
     def _merge(self, name):
-        if name in self.whole:
-            return self.whole[name].float()
+        if name in self.replaced:
+            return self.replaced[name].float()
         value = self.files[name].to(torch.float32, copy=True)
         if name not in self.lora:
             return value
+        # peft merges in place. So its layer gets the real weight for that time, and then forgets.
         layer = self.lora[name]
         weight = layer.get_base_layer().weight
         kept, weight.data = weight.data, value
@@ -136,7 +137,7 @@ class MergedModel:
 
     @torch.no_grad()
     def logits(self, input_ids):
-        """input_ids [B, T] → logits [B, T, V] of base and adapter side by side.
+        """input_ids [B, T] → logits [B, T, V] of the base with the adapter beside it, not merged.
 
         It computes in fp32 on the CPU. Each block's weights are read when it runs, and forgotten.
         """
@@ -146,7 +147,7 @@ class MergedModel:
         base_names = {}
         for name, param in self.model.named_parameters():
             base_name = name.replace(".base_layer.", ".")
-            if base_name in self.shapes and base_name not in self.whole:
+            if base_name in self.shapes and base_name not in self.replaced:
                 base_names[param] = base_name
         hooks = []
         for part in parts:

@@ -1,8 +1,9 @@
 """An export is opened by the other program's own reader, and compared with this project's model.
 
-Compared are the ids of some conversations, the log-probabilities of the likeliest tokens at each
-step of the reader's greedy answers, and the greedy tokens. This project's side is the base with the
-adapter beside it: nothing of what was merged and written is used.
+Three things are compared: the ids of some conversations, the log-probabilities of the likeliest
+tokens at each step of the reader's greedy answers, and the greedy tokens. The last are only told,
+because near ties fall either way. This project's side is the base with the adapter beside it:
+nothing of what was merged and written is used.
 """
 
 import json
@@ -31,8 +32,9 @@ CONVERSATIONS = (
 )
 NEW_TOKENS = 16  # of each greedy answer
 TOP = 20  # log-probabilities of so many tokens are compared at each step
-# How much a log-probability may differ: what rounding to the type gives, with room. fp32 is exact
-# but for the order of sums.
+UNLIKELY = -10  # what both sides find less likely than exp(-10) is not compared
+# How much a log-probability may differ: what rounding to the type gives, with room. In fp32 only
+# the order of sums differs.
 LIMITS = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.5, "f32": 1e-3, "f16": 0.05, "q8_0": 0.5, "q4_0": 4}
 
 
@@ -40,7 +42,7 @@ class Step(NamedTuple):
     """One token of a greedy answer."""
 
     id: int
-    log_probs: dict  # {id: log-probability} of the TOP likeliest; {} if the reader told none
+    log_probs: dict  # {id: log-probability} of the TOP likeliest; {} if the reader gave none
 
 
 class Differs(ValueError):
@@ -68,11 +70,13 @@ def compare(reader, model, prompts, limit):
     for (_, ids), answer, row in zip(prompts, answers, logits, strict=True):
         ours = row[len(ids) - 1 :][: len(answer)].log_softmax(-1)
         for step, mine in zip(answer, ours, strict=True):
-            differences += [abs(mine[id].item() - found) for id, found in step.log_probs.items()]
+            pairs = [(mine[id].item(), found) for id, found in step.log_probs.items()]
+            differences += [abs(a - b) for a, b in pairs if not (a < UNLIKELY and b < UNLIKELY)]
             are_equal.append(step.id == mine.argmax().item())
     if not differences:
         raise Differs(f"{reader.name}: it has answered nothing that could be compared")
-    largest, steps = torch.tensor(differences).max().item(), len(are_equal)  # NaN, if there is one
+    # torch's max is NaN if one value is; Python's may not be.
+    largest, steps = torch.tensor(differences).max().item(), len(are_equal)
     told = f"log-probabilities differ by at most {largest:.1e} (top {TOP} of {steps} steps"
     print(f"         {told}; limit {limit:g})")
     print(f"         {sum(are_equal)} of {steps} greedy tokens are equal")
@@ -81,7 +85,7 @@ def compare(reader, model, prompts, limit):
 
 
 class TransformersReader:
-    """transformers' own tokenizer and network. It computes in fp32, block by block."""
+    """transformers' own tokenizer and network. It computes in fp32, module by module."""
 
     def __init__(self, directory, network=None):
         """network: that of `directory`, if from_pretrained can't read it without remote code"""
@@ -94,7 +98,7 @@ class TransformersReader:
         for module in self.network.modules():
             if any(True for _ in module.parameters(recurse=False)):
                 module.register_forward_pre_hook(_to_fp32)
-                module.register_forward_hook(_back)
+                module.register_forward_hook(_to_stored)
 
     def encode(self, messages):
         """→ the ids of the prompt, with the chat template"""
@@ -120,7 +124,7 @@ def _to_fp32(module, inputs):
     return tuple(x.float() if x.is_floating_point() else x for x in inputs)
 
 
-def _back(module, inputs, output):
+def _to_stored(module, inputs, output):
     for param in module.parameters(recurse=False):
         param.data = param.stored
 
@@ -151,7 +155,7 @@ class LlamaCppReader:
             raise Differs(f"{self.name} can't open it: {error}") from error
 
     def close(self):
-        """Lets go of the file."""
+        """Closes the server and the file."""
         del self.server
 
     def post(self, path, **body):

@@ -1,12 +1,12 @@
 """The vocabulary and the prompt format, in the files that other engines read.
 
 transformers, vLLM and SGLang read tokenizer.json and the template, llama.cpp reads the template.
-The ids are those of data.py, with one exception. A template makes one text of all messages. So
-these names become special ids even where a user writes them: [gMASK], <sop>, </s>, <unk>,
-<|system|>, <|user|>, <|assistant|>, <|observation|>.
+The ids are those of data.py, with one exception. A template joins all messages into one text. So
+these names become special ids even if a user types them: [gMASK], <sop>, </s>, <unk>, <|system|>,
+<|user|>, <|assistant|>, <|observation|>.
 
-llama.cpp gives the template no metadata. In a call's arguments it writes a few values otherwise
-than Python: 1e-07 as 0.0, some characters without an escape.
+llama.cpp gives the template no metadata. In a call's arguments a few of its values differ from
+Python's: 1e-07 is 0.0, and some characters have no escape.
 """
 
 import itertools
@@ -90,10 +90,12 @@ def tokenizer_files(tokenizer, context):
         "additional_special_tokens": in_prompts,
         "chat_template": CHAT_TEMPLATE,
     }
+    sampling = dict(do_sample=True, temperature=0.8, top_p=0.8)  # infer.py's defaults
+    generation = dict(eos_token_id=tokenizer.stop_ids, pad_token_id=0, **sampling)
     return {
         "tokenizer.json": fast.to_str().encode(),
         "tokenizer_config.json": as_json(config),
-        "generation_config.json": as_json({"eos_token_id": tokenizer.stop_ids, "pad_token_id": 0}),
+        "generation_config.json": as_json(generation),
     }
 
 
@@ -121,9 +123,10 @@ def _fast_tokenizer(tokenizer):
     scores = pieces.get_score(ids)
     has_order = all(high > low for high, low in itertools.pairwise(scores))
     has_characters = pieces.is_unknown(0) and {*"".join(texts)} <= known
-    # The type of a piece follows its score, a float. 4 is user-defined, 5 is unused.
-    is_odd = re.search(rb"(?s)\x15.{4}\x18[\4\5]", pieces.serialized_model_proto())
-    if is_odd or not (has_order and has_characters and _encode_alike(fast, pieces, texts)):
+    # A piece in the file: its score (\x15 and 4 bytes), then its type (\x18): 4 is user-defined,
+    # 5 is unused.
+    has_odd_types = re.search(rb"(?s)\x15.{4}\x18[\4\5]", pieces.serialized_model_proto())
+    if has_odd_types or not (has_order and has_characters and _encode_alike(fast, pieces, texts)):
         what = "BPE with byte fallback, falling scores, a dummy prefix and no normalisation"
         raise ValueError(f"no tokenizer.json can stand for this tokenizer.model: it must be {what}")
     return fast

@@ -1,4 +1,4 @@
-"""support/export.py: base and adapter are saved as one checkpoint.
+"""Exports: the layouts, files that are whole or absent, the check, and reading tensor by tensor.
 
 python -m pytest -q tests/test_export.py
 """
@@ -200,8 +200,8 @@ def built_in_export(tmp_path, *flags, system=None):
         ("m/notes", "--merge-to m", "m exists already; choose another name"),
         ("m/notes", "--gguf m", "m exists already; choose another name"),
         ("m/notes", "--gguf-adapter m", "m exists already; choose another name"),
-        ("m.part/notes", "--merge-to m", "m.part: m would be written there first; remove it"),
-        ("m.part/notes", "--gguf m", "m.part: m would be written there first; remove it"),
+        ("m.part/notes", "--merge-to m", "m.part: it is left of an export that was stopped"),
+        ("m.part/notes", "--gguf m", "m.part: it is left of an export that was stopped"),
         ("m.Modelfile/notes", "--gguf m.gguf", "m.Modelfile exists already; choose another name"),
     ],
 )

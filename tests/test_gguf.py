@@ -27,6 +27,7 @@ import model as chatglm
 from support import gguf, self_check
 from support.config import SAMPLE
 from support.merging import MergedModel
+from support.ollama import modelfile_text
 from support.self_check import LlamaCppReader
 from support.tokenizer_files import CHAT_TEMPLATE
 
@@ -325,7 +326,18 @@ def test_the_modelfile(tmp_path):
     infer.main(["--adapter", str(adapter), "--gguf", str(tmp_path / "m.gguf"), "--no-check"])
     told = (tmp_path / "m.Modelfile").read_text("utf-8")
     assert told.startswith('FROM ./m.gguf\nTEMPLATE """[gMASK]<sop>{{ range .Messages }}<|')
-    assert f'"""\nSYSTEM """{system}"""\n' in told
-    assert told.endswith('PARAMETER stop "<|user|>"\nPARAMETER stop "<|observation|>"\n')
-    assert "SYSTEM" not in gguf.modelfile("m.gguf", None)
-    assert 'SYSTEM """' not in gguf.modelfile("m.gguf", 'three """')
+    assert f'"""\nSYSTEM """{system}"""\nPARAMETER stop "<|user|>"\n' in told
+    assert told.endswith(
+        "num_ctx 1024\nPARAMETER temperature 0.8\nPARAMETER top_p 0.8\nPARAMETER top_k 0\n"
+    )
+    assert "SYSTEM" not in modelfile_text("m.gguf", None, 8192)
+    for text in (
+        'three """',
+        "a wide\u3000space",
+        'its "end"',
+        "joined 👩\u200d🚀",
+    ):  # Ollama changes these
+        told = modelfile_text("m.gguf", text, 32768)
+        assert (
+            "SYSTEM" not in told and "# A Modelfile can't hold" in told and "num_ctx 8192" in told
+        )
