@@ -8,9 +8,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md"))
 ENGLISH = [page for page in PAGES if not page.name.endswith(".zh.md")]
-# Pages that another change adds. They may be missing until it is there.
-COMING = {ROOT / "docs" / "serving.md", ROOT / "docs" / "walkthrough.ipynb"}
-COMING |= {ROOT / "docs" / "serving.zh.md"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 NEEDS = re.compile(r"\s*# (needs .*|需要.*)$")  # the mark of a command that not everybody can run
 

@@ -18,6 +18,7 @@ from conftest import (
     ANSWER,
     FIXTURES,
     QUESTION,
+    ROOT,
     adapter_of,
     finish,
     refused_by_infer,
@@ -422,3 +423,14 @@ def test_a_damaged_base_is_refused(checkpoint):
     file.unlink()
     with pytest.raises(ValueError, match="it has no model.safetensors, nor shards of it"):
         MergedModel(str(checkpoint), chatglm.ChatGLMForCausalLM)
+
+
+def test_the_example_for_transformers_answers(trained, tmp_path, monkeypatch, capsys):
+    """The Python of docs/serving.md, as it stands there"""
+    monkeypatch.chdir(tmp_path)
+    adapter, _ = trained
+    infer.main(["--adapter", str(adapter), "--merge-to", "merged-glm", "--layout", "glm"])
+    capsys.readouterr()
+    text = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], {})
+    assert capsys.readouterr().out == f"{ANSWER}\n"
