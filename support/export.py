@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -31,14 +32,12 @@ from support.tokenizer_files import CHAT_TEMPLATE, tokenizer_files
 SHARD = "2GB"  # about the official size
 # The file's own template; and an answer is a text: llama.cpp can't parse ChatGLM3's calls.
 LLAMA_FLAGS = "--jinja --skip-chat-parsing"
-# Code and settings that stand beside the official weights. They are copied, and never run.
+# The code that stands beside the official weights. It is copied, and never run.
 OFFICIAL_CODE = (
     "configuration_chatglm.py",
     "modeling_chatglm.py",
     "tokenization_chatglm.py",
     "quantization.py",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
 )
 
 
@@ -73,7 +72,7 @@ def part_of(path):
 
 
 @contextlib.contextmanager
-def written_whole(path, size=0):
+def written_whole(path, size=0, is_directory=False):
     """Gives the path to write to. On success it is renamed to `path`; after an error it is deleted.
 
     size: how many bytes will be written. Raises ValueError if the disk does not take them.
@@ -84,12 +83,18 @@ def written_whole(path, size=0):
         what = f"it needs {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
         raise ValueError(f"{path}: cannot write: {what}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir() if is_directory else part.touch(exist_ok=False)  # no other export has it
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write: {one_line(error)}") from error
+    try:
         yield part
         if path.exists():  # an empty directory, which os.replace does not replace on Windows
             path.rmdir()
         os.replace(part, path)
     except BaseException as error:
-        if part.exists():
+        traceback.clear_frames(error.__traceback__)  # closes what the check has opened, for Windows
+        with contextlib.suppress(OSError):
             delete(part)
         if isinstance(error, OSError | SafetensorError):
             raise ValueError(f"{path}: cannot write: {one_line(error)}") from error
@@ -131,7 +136,7 @@ class Export:
         elif path.is_dir():
             self.check_directory(path)
         else:
-            self.check_gguf(path)
+            self.check_gguf(path, path)
 
     def seconds(self):
         return f"{time.perf_counter() - self.start:.1f} s"
@@ -144,7 +149,7 @@ class Export:
         dtype = DTYPES["fp32" if name == "auto" else name]
         targets = (layouts.glm_tensors if is_glm else layouts.official_tensors)(self.model)
         size = dtype.itemsize * sum(math.prod(target.shape) for target in targets.values())
-        with written_whole(path, size) as part:
+        with written_whole(path, size, is_directory=True) as part:
             write_files(part, self.small_files(dtype, is_glm))
             with progress_bar(size, "writing") as progress:
                 write_shards(part, targets, dtype, progress)
@@ -171,10 +176,11 @@ class Export:
         else:
             with_code = self.args.with_official_code
             config = read_json(base_file(base, "config.json"))
-            config = layouts.official_config(self.model.config, config, dtype, with_code)
             for name in ("tokenizer.model", *(OFFICIAL_CODE if with_code else ())):
                 if file := base_file(base, name):
                     files[name] = Path(file).read_bytes()
+            has_code = "modeling_chatglm.py" in files
+            config = layouts.official_config(self.model.config, config, dtype, has_code)
         if file := base_file(base, "MODEL_LICENSE"):
             files["MODEL_LICENSE"] = Path(file).read_bytes()
         return files | {"config.json": as_json(config)}
@@ -190,43 +196,63 @@ class Export:
             reader = TransformersReader(path, network)
         except Exception as error:  # whatever a damaged directory makes the readers raise
             raise ValueError(f"{path}: transformers can't open it: {one_line(error)}") from error
-        self_check.compare(reader, self.model, self.prompts, LIMITS[dtype])
+        self.compare(reader, LIMITS[dtype])
+
+    def compare(self, reader, limit):
+        if not self.prompts:
+            what = "no prompt of the check fits into the context, with the system message"
+            raise ValueError(f"{what}; give --no-check")
+        try:
+            self_check.compare(reader, self.model, self.prompts, limit)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a wrong export makes the reader raise
+            raise ValueError(f"{reader.name}: {one_line(error)}") from error
 
     # --- GGUF: support/gguf.py needs the package gguf, which is optional ----------------------
 
     def write_gguf(self, path):
         from support import gguf
 
+        context = self.model.config.seq_length
+        tokenizer_files(self.tokenizer, context)  # refuses a vocabulary that llama.cpp can't hold
         file = gguf.ModelFile(self.model, self.tokenizer, CHAT_TEMPLATE, self.args.gguf_type)
         size = sum(file.sizes.values())
         with written_whole(path, size) as part:
             with progress_bar(size, "writing") as progress:
                 file.write(part, progress)
             if not self.args.no_check:
-                self.check_gguf(part)
-        context = self.model.config.seq_length
+                self.check_gguf(part, path)
         with written_whole(modelfile_path(path)) as part:
             part.write_text(modelfile_text(path.name, self.system, context), "utf-8")
         print(f"saved    {path}, and {modelfile_path(path).name}, in {self.seconds()}; try it:")
         print(f"         llama-server {LLAMA_FLAGS} -m {shlex.quote(str(path))}")
         print(f"         ollama create NAME -f {shlex.quote(str(modelfile_path(path)))}")
 
-    def check_gguf(self, path):
+    def check_gguf(self, file, path):
+        """file: where it is now; path: its name in the end"""
         from support import gguf
 
-        file_type = gguf.file_type_of(path)
-        if file_type is None:
-            return self.check_gguf_adapter(path)
-        file = gguf.ModelFile(self.model, self.tokenizer, CHAT_TEMPLATE, file_type)
-        with progress_bar(sum(file.sizes.values()), "checking") as progress:
-            file.check(path, progress)
-        print(f"checked  {len(file.types)} tensors, the vocabulary and the settings")
+        try:
+            file_type = gguf.file_type_of(file)
+            if file_type is None:
+                gguf.check_adapter(file, self.model)
+                print("checked  what the file adds to each matrix: it is what the adapter adds")
+                return
+            wanted = gguf.ModelFile(self.model, self.tokenizer, CHAT_TEMPLATE, file_type)
+            with progress_bar(sum(wanted.sizes.values()), "checking") as progress:
+                wanted.check(file, progress)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        print(f"checked  {len(wanted.types)} tensors, the vocabulary and the settings")
         if importlib.util.find_spec("xllamacpp") is None:
             print("         to compare llama.cpp's answers: pip install -r requirements-export.txt")
-            print(f"         and then python infer.py --check {shlex.quote(str(path))}")
+            print(f"         and then the same command with --check {shlex.quote(str(path))}")
             return
-        with contextlib.closing(LlamaCppReader(path)) as reader:
-            self_check.compare(reader, self.model, self.prompts, LIMITS[file_type])
+        longest = max((len(ids) for _, ids in self.prompts), default=0)
+        context = longest + self_check.NEW_TOKENS
+        with contextlib.closing(LlamaCppReader(file, context=context)) as reader:
+            self.compare(reader, LIMITS[file_type])
 
     def write_gguf_adapter(self, path):
         from support import gguf
@@ -234,15 +260,9 @@ class Export:
         with written_whole(path) as part:
             gguf.write_adapter(part, self.model)
             if not self.args.no_check:
-                self.check_gguf_adapter(part)
+                self.check_gguf(part, path)
         print(f"saved    {path}; try it beside a GGUF file of the base:")
         print(f"         llama-server {LLAMA_FLAGS} -m BASE.gguf --lora {shlex.quote(str(path))}")
-
-    def check_gguf_adapter(self, path):
-        from support import gguf
-
-        gguf.check_adapter(path, self.model)
-        print("checked  what the file adds to each matrix: it is what the adapter adds")
 
 
 def write_shards(directory, targets, dtype, progress):

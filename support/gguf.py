@@ -59,14 +59,14 @@ def file_type_of(file):
     try:
         fields = gguf.GGUFReader(file).fields
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise ValueError(f"{file}: not a GGUF file: {one_line(error)}") from error
+        raise ValueError(f"it is not a GGUF file: {one_line(error)}") from error
     if "adapter.type" in fields:
         return None
     number = fields["general.file_type"].contents() if "general.file_type" in fields else None
     for name, value in FILE_TYPES.items():
         if value == number:
             return name
-    raise ValueError(f"{file}: not an export of infer.py: its type is {number}")
+    raise ValueError(f"it is not an export of infer.py: its type is {number}")
 
 
 class ModelFile:
@@ -156,11 +156,11 @@ class ModelFile:
         settings = self._writer(None).kv_data[0]  # without a file, it only collects them
         for key, value in settings.items():
             if key not in reader.fields or not _is_same(reader.fields[key].contents(), value.value):
-                raise ValueError(f"{file}: {key} is not the model's")
+                raise ValueError(f"{key} is not the model's")
         found = {tensor.name: tensor for tensor in reader.tensors}
         for name, source in self.sources.items():
-            if name not in found:
-                raise ValueError(f"{file}: it has no {name}")
+            if name not in found or found[name].tensor_type != self.types[name]:
+                raise ValueError(f"it has no {name} of type {self.types[name].name}")
             wanted, tensor = self.model[source], found[name]
             wanted = wanted.reshape(-1, wanted.shape[-1]).numpy()
             data = tensor.data.reshape(len(wanted), -1)
@@ -172,9 +172,8 @@ class ModelFile:
                 squared_error += np.square(read - wanted[part]).sum(dtype=np.float64)
                 squared_norm += np.square(wanted[part]).sum(dtype=np.float64)
             limit = ROUNDING[self.types[name].name]
-            is_near = squared_error <= limit**2 * squared_norm
-            if tensor.tensor_type != self.types[name] or not is_near:
-                raise ValueError(f"{file}: {name} is not the model's {source}")
+            if not squared_error <= limit**2 * squared_norm:
+                raise ValueError(f"{name} is not the model's {source}")
             progress(self.sizes[name])
 
 
@@ -198,8 +197,12 @@ def as_type(tensor, kind, name):
         if zero_if_finite(half := tensor.half()) != 0:
             raise ValueError(f"{name} has numbers too large for fp16; give --gguf-type f32")
         return half.numpy()
-    rows = tensor.split(max(1, CHUNK // tensor.shape[-1]))
-    return np.concatenate([gguf.quants.quantize(part.numpy(), kind) for part in rows])
+    rows, size = max(1, CHUNK // tensor.shape[-1]), stored_bytes(tensor.shape, kind)
+    blocks = np.empty((len(tensor), size // len(tensor)), np.uint8)
+    for first in range(0, len(tensor), rows):
+        part = slice(first, first + rows)
+        blocks[part] = gguf.quants.quantize(tensor[part].numpy(), kind)
+    return blocks
 
 
 def vocabulary(tokenizer, size):
@@ -233,7 +236,8 @@ def lora_tensors(model):
     merge = "a GGUF adapter can't hold that; give --gguf FILE, which merges it"
     if model.replaced:
         raise ValueError(f"the adapter replaces {next(iter(model.replaced))}: {merge}")
-    alpha = next(iter(model.lora.values())).lora_alpha["default"]
+    first = next(iter(model.lora.values()))
+    alpha = first.lora_alpha["default"] or first.r["default"]  # with 0, llama.cpp would not scale
     result = {}
     for source, layer in model.lora.items():
         if layer.use_dora["default"]:
@@ -266,17 +270,18 @@ def write_adapter(file, model):
 
 def check_adapter(file, model):
     """Reads the file again. Raises ValueError if it does not add what the adapter adds."""
+    lora_tensors(model)  # refuses an adapter that no GGUF file can hold
     reader = gguf.GGUFReader(file)
     alpha = reader.fields.get(gguf.Keys.Adapter.LORA_ALPHA)
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     names = {tensor_name(name, model.config.num_layers): name for name in model.lora}
     wanted_names = {f"{name}.lora_{letter}" for name in names for letter in "ab"}
     if alpha is None or found.keys() != wanted_names:
-        raise ValueError(f"{file}: it has not the adapter's tensors, or no alpha")
+        raise ValueError("it has not the adapter's tensors, or no alpha")
     for name, source in names.items():
         a, b = found[f"{name}.lora_a"], found[f"{name}.lora_b"]
         wanted = model.lora[source].get_delta_weight("default")
         if b.shape[0] != wanted.shape[0] or a.shape[1] != wanted.shape[1]:
-            raise ValueError(f"{file}: {name} has another shape than {source}")
+            raise ValueError(f"{name} has another shape than {source}")
         if not (alpha.contents() / len(a) * b @ a - wanted).norm() <= 1e-5 * wanted.norm():
-            raise ValueError(f"{file}: {name} is not what the adapter adds to {source}")
+            raise ValueError(f"{name} is not what the adapter adds to {source}")

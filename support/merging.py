@@ -4,6 +4,8 @@ No model is in memory: a tensor is read from its file when it is needed, merged,
 base of any size can be written, and its logits computed, on a machine with a few GiB.
 """
 
+import zipfile
+
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -38,7 +40,8 @@ class CheckpointTensors:
                 read = opened.get_tensor
                 names = opened.keys()
             else:
-                opened = torch.load(file, "cpu", weights_only=True, mmap=True)
+                is_zip = zipfile.is_zipfile(file)  # older files are not, and can't be mapped
+                opened = torch.load(file, "cpu", weights_only=True, mmap=is_zip)
                 read = opened.__getitem__
                 names = opened
             self.file, self.tensors = file, dict.fromkeys(names, read)
@@ -126,8 +129,11 @@ class MergedModel:
         value = self.files[name].to(torch.float32, copy=True)
         if name not in self.lora:
             return value
-        # peft merges in place. So its layer gets the real weight for that time, and then forgets.
         layer = self.lora[name]
+        if "default" in layer.lora_A and not layer.use_dora["default"]:
+            b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            return value.addmm_(b.detach(), a.detach(), alpha=layer.scaling["default"])
+        # peft merges in place. So its layer gets the real weight for that time, and then forgets.
         weight = layer.get_base_layer().weight
         kept, weight.data = weight.data, value
         layer.merge(adapter_names=["default"])
@@ -171,5 +177,7 @@ def _forget(params):
 
 
 def placeholder(shape):
-    """→ a parameter of that shape, which takes no memory, since all its numbers are one zero"""
+    """→ a parameter of that shape. A matrix takes no memory, since all its numbers are one zero."""
+    if len(shape) == 1:  # peft writes biases into it
+        return nn.Parameter(torch.zeros(shape), requires_grad=False)
     return nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)

@@ -60,7 +60,8 @@ def compare(reader, model, prompts, limit):
     for messages, ids in prompts:
         if (found := reader.encode(messages)) != ids:
             what = f"the prompt {messages[-1]['content']!r} gets the ids {found}, not {ids}"
-            raise Differs(f"{reader.name}: {what}")
+            hint = "a special name in the system message does that; else give --no-check"
+            raise Differs(f"{reader.name}: {what} ({hint})")
     count = sum(len(ids) for _, ids in prompts)
     print(f"checked  with {reader.name}: {count} ids of {len(prompts)} prompts are equal")
     answers = [reader.answer(ids) for _, ids in prompts]
@@ -94,8 +95,10 @@ class TransformersReader:
         import transformers
 
         self.name = f"transformers {transformers.__version__}"
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.network = network or AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        options = dict(trust_remote_code=False)  # without it, transformers offers to run code
+        self.tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        options["dtype"] = "auto"
+        self.network = network or AutoModelForCausalLM.from_pretrained(directory, **options)
         self.network.eval()
         for module in self.network.modules():
             if any(True for _ in module.parameters(recurse=False)):
@@ -134,8 +137,8 @@ def _to_stored(module, inputs, output):
 class LlamaCppReader:
     """llama.cpp's server on the CPU, from the package xllamacpp."""
 
-    def __init__(self, file, adapter=None):
-        """adapter: None, or a GGUF file of an adapter"""
+    def __init__(self, file, adapter=None, context=1024):
+        """adapter: None, or a GGUF file of an adapter; context: tokens of prompt and answer"""
         import xllamacpp
 
         self.name = f"llama.cpp (xllamacpp {xllamacpp.__version__})"
@@ -145,7 +148,7 @@ class LlamaCppReader:
             lora = xllamacpp.CommonAdapterLoraInfo()
             lora.path, lora.scale = str(adapter), 1.0
             params.lora_adapters = [lora]
-        params.n_ctx, params.n_parallel, params.verbosity = 1024, 1, -1
+        params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
         params.warmup, params.use_jinja = False, True
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         # Exact, so that differences come from the file alone.
@@ -165,8 +168,11 @@ class LlamaCppReader:
         url, data = self.server.listening_address + path, json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with no_proxy.open(request) as answer:
-            return json.loads(answer.read())
+        try:
+            with no_proxy.open(request) as answer:
+                return json.loads(answer.read())
+        except OSError as error:
+            raise Differs(f"{self.name}: {error}") from error
 
     def encode(self, messages):
         """→ the ids of the prompt, with the chat template"""

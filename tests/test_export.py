@@ -129,13 +129,23 @@ KINDS = [
     dict(target_modules=LINEAR, dora=True),
     dict(target_modules=["query_key_value"], modules_to_save=["output_layer"]),
     dict(target_modules=["word_embeddings", "output_layer"]),
+    dict(target_modules=LINEAR, bias="all"),
+    dict(target_modules=["dense"], bias="all"),
 ]
 
 
 @pytest.mark.parametrize("layout", ["official", "glm"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_layouts_hold_every_kind_of_adapter(base, tmp_path, kind, layout):
+    bias = kind.get("bias")
+    kind = {name: value for name, value in kind.items() if name != "bias"}
     peft_model = with_random_lora(base, **kind)
+    if bias:
+        peft_model.peft_config["default"].bias = bias
+        with torch.no_grad():
+            for layer in base.transformer.encoder.layers:
+                linear = layer.self_attention.query_key_value
+                getattr(linear, "base_layer", linear).bias.add_(0.5)
     if "modules_to_save" in kind:
         with torch.no_grad():
             base.transformer.output_layer.modules_to_save["default"].weight.normal_(0, 0.1)
@@ -172,9 +182,16 @@ def test_an_export_says_what_the_adapter_does(trained, tmp_path, capsys):
     assert len(modes) == 1
     weights = load_file(tmp_path / "m" / "model.safetensors")
     assert weights.popitem()[1].dtype == torch.float32  # as config.json says
-    common += ["--no-check", "--with-official-code"]
-    infer.main([*common, "--merge-to", str(tmp_path / "with code")])
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "modeling_chatglm.py").write_text("raise SystemExit('this file was run')")
+    theirs = {"tokenizer_class": "ChatGLMTokenizer", "auto_map": {"AutoTokenizer": ["x.y", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(theirs))
+    infer.main([*common, "--merge-to", str(tmp_path / "with code"), "--with-official-code"])
     assert (tmp_path / "with code" / "tokenization_chatglm.py").exists()
+    config = json.loads((tmp_path / "with code" / "config.json").read_text())
+    assert config["auto_map"] == {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}
     capsys.readouterr()
     common = ["--device", device, "--no-adapter", "--model", target]
     infer.main([*common, "--greedy", "--prompt", QUESTION])
@@ -352,6 +369,36 @@ def test_a_number_that_is_not_finite_is_found(base, tokenizer):
         self_check.compare(Reader(), model, prompts, 100)
 
 
+def test_code_in_a_checked_directory_is_not_run(tmp_path, capsys):
+    """Nor is the user asked whether to run it."""
+    arguments = built_in_export(tmp_path)
+    infer.main([*arguments, "--merge-to", str(tmp_path / "m"), "--layout", "glm", "--no-check"])
+    (tmp_path / "m" / "code.py").write_text("raise SystemExit('this file was run')")
+    for name, key in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "x")):
+        content = json.loads((tmp_path / "m" / name).read_text())
+        content |= {"auto_map": {key: "code.Model", "AutoConfig": "code.Config"}}
+        content |= {"model_type": "unknown"} if name == "config.json" else {}
+        (tmp_path / "m" / name).write_text(json.dumps(content))
+    capsys.readouterr()
+    told = refused_by_infer(capsys, *arguments, "--check", tmp_path / "m")
+    assert "transformers can't open it" in told and "was run" not in told
+
+
+@pytest.mark.parametrize("flags", [["--merge-to"], ["--layout", "glm", "--merge-to"], ["--gguf"]])
+def test_a_context_that_is_too_short_for_the_check(tmp_path, monkeypatch, capsys, flags):
+    """A long system message is taken, one that fills the context is told."""
+    arguments = built_in_export(tmp_path, *flags, tmp_path / "m")
+    infer.main([*arguments, "--system", "long " * 150])
+    assert "ids of 4 prompts are equal" in capsys.readouterr().out
+    arguments = [*arguments[:-1], str(tmp_path / "other")]
+    monkeypatch.setattr(self_check, "CONVERSATIONS", self_check.CONVERSATIONS[:1])
+    with pytest.raises(SystemExit):
+        infer.main([*arguments, "--system", "long " * 1000])
+    told = capsys.readouterr().err
+    assert "no prompt of the check fits into the context" in told and "--no-check" in told
+    assert not list(tmp_path.glob("other*"))
+
+
 def test_numbers_too_large_for_fp16_are_refused(checkpoint, tmp_path):
     file = checkpoint / "model.safetensors"
     tensors = load_file(file)
@@ -370,15 +417,16 @@ def test_numbers_too_large_for_fp16_are_refused(checkpoint, tmp_path):
 # --- a model that is read tensor by tensor ----------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bin", "shards"])
+@pytest.mark.parametrize("kind", ["bin", "old bin", "shards"])
 def test_a_base_is_read_from_every_kind_of_file(golden, tmp_path, kind):
     directory, expected = golden
     base = tmp_path / "base"
     base.mkdir()
     shutil.copy(directory / "config.json", base)
     tensors = load_file(directory / "model.safetensors")
-    if kind == "bin":
-        torch.save(tensors, base / "pytorch_model.bin")
+    if "bin" in kind:
+        is_new = kind == "bin"
+        torch.save(tensors, base / "pytorch_model.bin", _use_new_zipfile_serialization=is_new)
     else:
         names = [*tensors]
         parts = {f"{i}.safetensors": names[i::3] for i in range(3)}

@@ -66,7 +66,7 @@ def prompts_of(tokenizer, count):
 
 def largest_difference(reader, model, prompts):
     """→ (of log-probabilities, whether all greedy tokens are equal)"""
-    largest, equal = 0.0, True
+    largest, equal, compared = 0.0, True, 0
     for ids in prompts:
         answer = reader.answer(ids)
         row = ids + [step.id for step in answer]
@@ -75,7 +75,9 @@ def largest_difference(reader, model, prompts):
             assert len(step.log_probs) in (0, 20)
             for id, theirs in step.log_probs.items():
                 largest = max(largest, abs(mine[id].item() - theirs))
+                compared += 1
             equal &= step.id == mine.argmax().item()
+    assert compared >= 20 * len(prompts)  # of each prompt's answer at least one step
     return largest, equal
 
 
@@ -113,6 +115,13 @@ def test_the_chat_endpoint_answers(exported):
     found = reader.post("/v1/chat/completions", messages=messages, temperature=0)
     assert found["choices"][0]["message"]["content"].strip() == ANSWER
     assert found["choices"][0]["finish_reason"] == "stop"
+
+
+def test_every_stop_id_ends_an_answer(exported, tokenizer):
+    reader = LlamaCppReader(exported[0] / "f32.gguf")
+    for id in tokenizer.stop_ids:
+        forced = dict(n_predict=4, temperature=0, logit_bias=[[id, 1000]])
+        assert reader.post("/completion", prompt=[5, 6], **forced)["stop_type"] == "eos"
 
 
 def test_ids_are_sentencepiece_s(exported, tokenizer):
@@ -309,7 +318,7 @@ def test_without_llama_cpp_the_command_is_printed(tmp_path, monkeypatch, capsys)
     without(monkeypatch, "xllamacpp")
     infer.main(export_flags(tmp_path))
     told = capsys.readouterr().out
-    assert "checked  31 tensors" in told and f"python infer.py --check {tmp_path}" in told
+    assert "checked  31 tensors" in told and f"--check {tmp_path}/m.gguf\n" in told
     assert "llama.cpp (" not in told
 
 

@@ -9,10 +9,11 @@ import sys
 
 import pytest
 import windows
-from conftest import LONG, ROOT, finish, outcome, train_main, wait_for, write_jsonl
+from conftest import LONG, ROOT, adapter_of, finish, outcome, train_main, wait_for, write_jsonl
 
 import infer
 import train
+from support import export, tokenizer_files
 from support.checkpoints import list_checkpoints
 
 FLAGS = [*LONG, "--eval-split", "0.2", "--eval-steps", "2", "--keep-checkpoints", "1"]
@@ -84,3 +85,20 @@ except OSError:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests")
     assert done.returncode == 3
+
+
+def export_with_a_wrong_template(arguments):
+    windows.impose()
+    wrong = tokenizer_files.CHAT_TEMPLATE.replace("[gMASK]<sop>", "[gMASK]")
+    tokenizer_files.CHAT_TEMPLATE = export.CHAT_TEMPLATE = wrong
+    infer.main(arguments)
+
+
+@pytest.mark.parametrize("flags", [["--merge-to"], ["--layout", "glm", "--merge-to"], ["--gguf"]])
+def test_an_export_that_fails_its_check_is_deleted(tmp_path, fork, flags):
+    """The check has opened its files. They are closed first."""
+    adapter = adapter_of(tmp_path / "a")
+    arguments = ["--adapter", str(adapter), *flags, str(tmp_path / "m")]
+    told = finish(fork(export_with_a_wrong_template, arguments), 2)
+    assert "gets the ids" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
