@@ -28,6 +28,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import data
 import infer
 import model as chatglm
 from support import bases, export, layouts, self_check
@@ -120,6 +121,24 @@ def test_transformers_reads_the_glm_layout(golden, tmp_path):
         options = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
         answer = glm.generate(torch.tensor([row]), **options)[0, len(row) :].tolist()
         assert answer == [id for _, id in decoder.generate([row], 40) if id is not None]
+
+
+def test_transformers_reads_the_built_in_model(trained, tmp_path, tokenizer):
+    """Logits within 1e-6 of ours, greedy answers equal, with the trained adapter merged."""
+    adapter, _ = trained
+    for layout in ("glm", "official"):
+        write_layout(tmp_path / layout, chatglm.BUILT_IN, adapter, layout)
+    glm = AutoModelForCausalLM.from_pretrained(tmp_path / "glm", attn_implementation="sdpa")
+    ours = chatglm.load_model(tmp_path / "official", "cpu")
+    decoder = infer.Decoder(ours)
+    for messages in self_check.CONVERSATIONS:
+        ids = data.encode_prompt(tokenizer, messages)
+        with torch.no_grad():
+            found, wanted = glm(torch.tensor([ids])).logits, ours(torch.tensor([ids])).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+        options = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
+        answer = glm.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+        assert answer == [id for _, id in decoder.generate([ids], 40) if id is not None]
 
 
 LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]

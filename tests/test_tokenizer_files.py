@@ -228,7 +228,7 @@ def check_prompt(both, wanted, messages=None, tools=None):
 
 def test_prompts_of_random_conversations(both):
     draw = random.Random(4)
-    for _ in range(1000):
+    for _ in range(2000):
         check_prompt(both, random_conversation(draw))
 
 
