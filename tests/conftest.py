@@ -40,6 +40,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = Path(os.environ.get("CHATGLM3_REFERENCE", ROOT.parent / "shared"))
 PERSONA = "现在你要扮演皇帝身边的女人--甄嬛"
 KILLS = int(os.environ.get("CHATGLM3_KILLS", "0"))  # how many a test makes; 0: a few
+slow = pytest.mark.skipif(
+    not os.environ.get("CHATGLM3_SLOW"), reason="takes a minute; CHATGLM3_SLOW=1 runs it"
+)
 with contextlib.suppress(ValueError):  # some runners import this in another thread
     # A shell that runs the tests with "&" has SIGINT ignored, also in what they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,6 +14,7 @@ from conftest import (
     FIXTURES,
     new_run,
     random_samples,
+    slow,
     trained_parameters,
     with_random_lora,
     write_layout,
@@ -259,7 +260,7 @@ def losses_of_20_updates(device, *flags, dropout=0.0):
     return losses, trained_tensors(peft_model)
 
 
-@pytest.mark.parametrize("device", CPU_AND_CUDA)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=slow), CPU_AND_CUDA[1]])
 def test_compiled_dora_follows_eager(device):
     eager, _ = losses_of_20_updates(device, "--no-cuda-graphs")
     compiled, _ = losses_of_20_updates(device, "--no-cuda-graphs", "--compile")

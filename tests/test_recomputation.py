@@ -153,11 +153,11 @@ def test_compiled_blocks_that_recompute_store_less(compiled):
 
 
 def test_compiled_blocks_that_recompute_on_a_cpu_follow_eager(tmp_path):
+    """Two of four blocks recompute, so that both kinds are compiled."""
     eager, _ = run_training(tmp_path / "eager")
-    for blocks in (2, "all"):
-        flags = ["--compile", "--gradient-checkpointing", blocks]
-        losses, _ = run_training(tmp_path / str(blocks), *flags)
-        torch.testing.assert_close(losses, eager, rtol=0, atol=1e-5)
+    flags = ["--compile", "--gradient-checkpointing", 2]
+    losses, _ = run_training(tmp_path / "compiled", *flags)
+    torch.testing.assert_close(losses, eager, rtol=0, atol=1e-5)
 
 
 # --- when CUDA graphs are used ----------------------------------------------------------------

@@ -139,7 +139,7 @@ def goes_on(small, directory, capsys, raw, there):
     return True
 
 
-@hostile(40, draw=st.data(), raw=questions)
+@hostile(20, draw=st.data(), raw=questions)
 def test_answers_that_were_stopped_go_on(tmp_path, small, monkeypatch, capsys, draw, raw):
     """Whatever was answered, and wherever in a line the run was killed."""
     monkeypatch.chdir(tmp_path)  # no adapter is here
@@ -150,7 +150,7 @@ def test_answers_that_were_stopped_go_on(tmp_path, small, monkeypatch, capsys, d
     assert goes_on(small, tmp_path / "answers", capsys, raw, there)
 
 
-@hostile(80, draw=st.data(), raw=questions)
+@hostile(40, draw=st.data(), raw=questions)
 def test_answers_that_are_damaged(tmp_path, small, monkeypatch, capsys, draw, raw):
     """Each record is answered once. Otherwise nothing of --output is changed."""
     monkeypatch.chdir(tmp_path)

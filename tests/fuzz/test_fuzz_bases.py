@@ -127,7 +127,7 @@ TRAIN = "--max-steps 1 --device cpu --batch-size 1 --max-length 64 --overwrite -
 ANSWER = "--no-adapter --prompt q --greedy --max-new-tokens 2 --device cpu".split()
 
 
-@hostile(90, files=odd_bases(), what=st.sampled_from(["train", "answer", "merge"]))
+@hostile(45, files=odd_bases(), what=st.sampled_from(["train", "answer", "merge"]))
 def test_a_base(tmp_path, beside, monkeypatch, capsys, files, what):
     """Weights, index, configuration and vocabulary are damaged. Other files are beside them."""
     monkeypatch.chdir(tmp_path)  # no adapter is here

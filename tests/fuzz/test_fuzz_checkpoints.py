@@ -44,7 +44,7 @@ def is_small(config):
 configs = damaged(st.just(CONFIG)).filter(is_small).map(json.dumps)
 
 
-@hostile(150, config=mostly(configs, texts_of_json | deep))
+@hostile(75, config=mostly(configs, texts_of_json | deep))
 def test_a_checkpoint_s_configuration(tmp_path, config):
     """Any key has any value."""
     directory = copy_of_checkpoint(tmp_path / "base")
@@ -58,7 +58,7 @@ weight_files = st.tuples(st.just("model.safetensors"), safetensors_files(WEIGHTS
 weight_files |= st.tuples(st.just("pytorch_model.bin"), bin_files(WEIGHTS))
 
 
-@hostile(200, weights=weight_files)
+@hostile(100, weights=weight_files)
 def test_a_checkpoint_s_weights(tmp_path, weights):
     """Tensors have other names, shapes and dtypes. Files are damaged, or pickles that act."""
     name, raw = weights
@@ -71,7 +71,7 @@ def test_a_checkpoint_s_weights(tmp_path, weights):
 INDEX = {"metadata": {}, "weight_map": dict.fromkeys(WEIGHTS, "model-1.safetensors")}
 
 
-@hostile(100, index=damaged_json(INDEX, most=1))
+@hostile(50, index=damaged_json(INDEX, most=1))
 def test_a_checkpoint_s_index(tmp_path, index):
     """Any entry has any value. A file that is not beside the index is not read, even if it would
     do."""

@@ -46,7 +46,7 @@ def little(tmp_path_factory):
 # --- train.py ---------------------------------------------------------------------------------
 
 
-@hostile(40, raw=odd_files | valid_files, system=st.none() | texts)
+@hostile(20, raw=odd_files | valid_files, system=st.none() | texts)
 def test_train_py_on_a_data_file(tmp_path, little, capsys, raw, system):
     """It trains, or says what is wrong with the file. It writes to its output directory only."""
     file, output = tmp_path / "x", tmp_path / "out"
@@ -143,7 +143,7 @@ def test_infer_py_on_an_adapter(tmp_path, little, capsys, config, weights, notes
     assert lines is None or len(lines) == 1
 
 
-@hostile(40, raw=odd_files | valid_files, output=st.binary(max_size=20))
+@hostile(20, raw=odd_files | valid_files, output=st.binary(max_size=20))
 def test_infer_py_on_a_batch_file(tmp_path, little, capsys, raw, output):
     """Each record has its answer, or the command says what is wrong with the file. The lock file
     beside --output is gone in the end."""

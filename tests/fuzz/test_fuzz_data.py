@@ -34,7 +34,7 @@ from support.turns import ROLES
 # --- files ------------------------------------------------------------------------------------
 
 
-@hostile(700, raw=odd_files, prompts=st.booleans())
+@hostile(350, raw=odd_files, prompts=st.booleans())
 def test_a_data_file_gives_conversations_or_faults_with_their_place(tmp_path, raw, prompts):
     """Every line of DataError names the file. What is returned has the allowed order of roles, and
     text where it must have some."""
@@ -73,7 +73,7 @@ def as_read(record):
     return messages
 
 
-@hostile(300, pair=files(records))
+@hostile(150, pair=files(records))
 def test_a_valid_file_is_read_back_exactly(tmp_path, pair):
     """JSON or JSONL, either kind of record, escaped or not: nothing is lost or changed."""
     written, raw = pair
@@ -95,7 +95,7 @@ def shown(text):
     return text.replace("\u2581", " ")
 
 
-@hostile(400, text=texts, ids=st.lists(st.integers(-9, 70000), max_size=20))
+@hostile(200, text=texts, ids=st.lists(st.integers(-9, 70000), max_size=20))
 def test_text_comes_back_and_never_gives_special_ids(vocabulary, text, ids):
     """Text that is encoded and decoded is the same text. Any ids at all can be decoded."""
     encoded = vocabulary.encode(text)
@@ -104,7 +104,7 @@ def test_text_comes_back_and_never_gives_special_ids(vocabulary, text, ids):
     assert isinstance(vocabulary.decode(ids), str)
 
 
-@hostile(250, messages=conversations())
+@hostile(125, messages=conversations())
 def test_a_conversation_s_ids_and_labels(vocabulary, messages):
     """Each message has one role id, and the conversation has one end. The labels are exactly what
     follows each prompt, and decode to what the assistant says."""
@@ -157,7 +157,7 @@ edited = st.builds(
 )
 
 
-@hostile(150, raw=corrupted(st.just(VOCABULARY)) | edited | st.binary(max_size=20), text=texts)
+@hostile(75, raw=corrupted(st.just(VOCABULARY)) | edited | st.binary(max_size=20), text=texts)
 def test_a_vocabulary_s_file(tmp_path, raw, text):
     """It encodes without a special id, or one line says why it can't be used."""
     (tmp_path / "tokenizer.model").write_bytes(raw)
@@ -174,7 +174,7 @@ def test_a_vocabulary_s_file(tmp_path, raw, text):
 # --- samples and batches ----------------------------------------------------------------------
 
 
-@hostile(150, pair=files(records), max_length=st.integers(1, 120), system=st.none() | texts)
+@hostile(75, pair=files(records), max_length=st.integers(1, 120), system=st.none() | texts)
 def test_what_a_length_budget_cuts_and_drops(tmp_path, tokenizer, pair, max_length, system):
     """The dataset is the encoded file cut to any length. It counts what it cut and dropped."""
     written, raw = pair
@@ -203,7 +203,7 @@ tokens = st.lists(st.tuples(st.integers(0, 70000), st.booleans()), min_size=1, m
 prefixes = st.lists(st.integers(0, 9), max_size=20)
 
 
-@hostile(200, samples=st.lists(tokens, min_size=1, max_size=6), prefix=prefixes)
+@hostile(100, samples=st.lists(tokens, min_size=1, max_size=6), prefix=prefixes)
 def test_a_padded_batch_holds_its_samples_and_predicts_the_next_token(samples, prefix):
     """With the prefix put back and the padding taken off, the batch is the samples. What predicts
     what is a shift by one, written out."""
@@ -263,7 +263,7 @@ def test_the_updates_have_every_index_as_often_as_it_was_drawn(
 shares = st.tuples(st.integers(0, 60), st.integers(1, 5000))
 
 
-@hostile(150, shares=st.lists(shares, min_size=1, max_size=4), seed=st.integers(0, 2**70))
+@hostile(75, shares=st.lists(shares, min_size=1, max_size=4), seed=st.integers(0, 2**70))
 def test_an_epoch_has_each_file_as_often_as_is_asked(shares, seed):
     """2.5 times: each sample twice or three times, and half of them three times."""
     parts, first = [], 0
@@ -280,7 +280,7 @@ def test_an_epoch_has_each_file_as_often_as_is_asked(shares, seed):
         assert abs(sum(often) - whole * count - more * count / 1000) <= 0.5 + 1e-9
 
 
-@hostile(150, samples=st.lists(tokens, min_size=1, max_size=6), prefix=prefixes)
+@hostile(75, samples=st.lists(tokens, min_size=1, max_size=6), prefix=prefixes)
 def test_packed_samples_are_what_was_added(samples, prefix):
     """A sample without a target is left out. The first token is none: nothing predicts it."""
     packed, kept = PackedSamples(), []
@@ -304,7 +304,7 @@ def test_packed_samples_are_what_was_added(samples, prefix):
     assert packed.common_prefix() == min(len(common), min(packed.lengths) - 1)
 
 
-@hostile(100, conversations=st.lists(conversations(), max_size=4))
+@hostile(50, conversations=st.lists(conversations(), max_size=4))
 def test_texts_that_are_encoded_together_are_encoded_alike(vocabulary, conversations):
     """encode_texts has every text of the records, and gives what encoding each alone gives."""
     found = [Record(0, "x:1", {}, messages) for messages in conversations]

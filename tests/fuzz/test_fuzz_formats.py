@@ -361,7 +361,7 @@ forms = st.tuples(flags, flags, st.sampled_from([None, 0, 1]))
 # --- read back --------------------------------------------------------------------------------
 
 
-@hostile(200, pairs=st.lists(written(conversations()), min_size=1, max_size=2), form=forms)
+@hostile(100, pairs=st.lists(written(conversations()), min_size=1, max_size=2), form=forms)
 def test_every_format_is_read_back_exactly(tmp_path, pairs, form):
     """No text changes, calls alternate with their results, and only a last question is dropped."""
     write(tmp_path / "x", [finished(record) for _, record in pairs], form)
@@ -427,7 +427,7 @@ def check_labels(tokenizer, messages, ids, labels):
     assert labels == wanted
 
 
-@hostile(40, pairs=st.lists(written(conversations()), min_size=1, max_size=2))
+@hostile(20, pairs=st.lists(written(conversations()), min_size=1, max_size=2))
 def test_what_is_learnt(tmp_path, tokenizer, pairs):
     write(tmp_path / "x", [finished(record) for _, record in pairs], (False, False, None))
     dataset = data.ConversationDataset([tmp_path / "x"], tokenizer, 10**6)
@@ -559,7 +559,7 @@ def check_nothing_is_lost(file, record):
     return "read"
 
 
-@hostile(300, record=sprinkled())
+@hostile(150, record=sprinkled())
 def test_nothing_is_dropped_in_silence(tmp_path, record):
     """A record is refused, or each of its texts is in a message, or its key is named as unread."""
     check_nothing_is_lost(tmp_path / "x", record)
@@ -684,7 +684,7 @@ def damaged(draw):
     return record
 
 
-@hostile(300, record=damaged() | anything, is_prompt=flags)
+@hostile(150, record=damaged() | anything, is_prompt=flags)
 def test_any_value_gives_messages_or_a_fault(tmp_path, tokenizer, record, is_prompt):
     """A fault is one printable line with its place. Messages can be encoded."""
     file = tmp_path / "x"

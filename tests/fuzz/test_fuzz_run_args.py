@@ -134,7 +134,7 @@ def of_the_run(args):
     return {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
 
 
-@hostile(300, raw=odd_files)
+@hostile(150, raw=odd_files)
 def test_a_file_of_flags(tmp_path, capsys, raw):
     """It gives flags, or argparse's lines. What a run would write of these flags gives them
     again."""
@@ -172,7 +172,7 @@ def before(tmp_path_factory):
     return ["--model", base, "--data", file, "--epochs", 1, "--max-length", 64]
 
 
-@hostile(40, raw=path_files)
+@hostile(20, raw=path_files)
 def test_train_py_with_a_file_of_flags(tmp_path, capsys, before, raw):
     """It trains with these flags, or says in one line what is wrong with them. It writes to its
     output directory only."""

@@ -47,7 +47,7 @@ def encodes_and_decodes(directory, text):
         data.split_answer(vocabulary, ids)
 
 
-@hostile(60, raw=mostly(vocabularies(), corrupted(st.just(VOCABULARY))), text=texts)
+@hostile(30, raw=mostly(vocabularies(), corrupted(st.just(VOCABULARY))), text=texts)
 def test_a_vocabulary(tmp_path, raw, text):
     """Pieces have other texts, kinds and scores. Some are missing, or there twice. Settings too."""
     directory = fresh(tmp_path / "base")
