@@ -7,12 +7,18 @@ nothing of what was merged and written is used.
 """
 
 import json
+import subprocess
+import sys
 import urllib.request
+import weakref
+from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+ROOT = Path(__file__).parents[1]
 CONVERSATIONS = (
     [{"role": "user", "content": "你好！你是谁？"}],
     [
@@ -123,6 +129,11 @@ class TransformersReader:
         return [Step(*each) for each in zip(new, pairs, strict=True)]
 
 
+def _kill(process):
+    process.kill()
+    process.communicate()
+
+
 def _to_fp32(module, inputs):
     for param in module.parameters(recurse=False):
         param.stored, param.data = param.data, param.data.float()
@@ -135,37 +146,28 @@ def _to_stored(module, inputs, output):
 
 
 class LlamaCppReader:
-    """llama.cpp's server on the CPU, from the package xllamacpp."""
+    """llama.cpp's server on the CPU: see support/llama_server.py."""
 
     def __init__(self, file, adapter=None, context=1024):
         """adapter: None, or a GGUF file of an adapter; context: tokens of prompt and answer"""
-        import xllamacpp
-
-        self.name = f"llama.cpp (xllamacpp {xllamacpp.__version__})"
-        params = xllamacpp.CommonParams()
-        params.model.path = str(file)
-        if adapter:
-            lora = xllamacpp.CommonAdapterLoraInfo()
-            lora.path, lora.scale = str(adapter), 1.0
-            params.lora_adapters = [lora]
-        params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
-        params.warmup, params.use_jinja = False, True
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        # Exact, so that differences come from the file alone.
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        try:
-            self.server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise Differs(f"{self.name} can't open it: {error}") from error
+        self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
+        arguments = [Path(file).absolute(), context, torch.get_num_threads()]
+        arguments += [Path(adapter).absolute()] if adapter else []
+        command = [sys.executable, "-m", "support.llama_server", *map(str, arguments)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.server = subprocess.Popen(command, cwd=ROOT, encoding="utf-8", **pipes)
+        self.kill = weakref.finalize(self, _kill, self.server)
+        self.address = self.server.stdout.readline().strip()
+        if not self.address.startswith("http"):
+            raise Differs(f"{self.name}: {self.address or 'it has ended without a word'}")
 
     def close(self):
-        """Closes the server and the file."""
-        del self.server
+        """Ends the server, which lets go of the file."""
+        self.kill()
 
     def post(self, path, **body):
         """A request to the server → its answer, from JSON"""
-        url, data = self.server.listening_address + path, json.dumps(body).encode()
+        url, data = self.address + path, json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
