@@ -44,8 +44,9 @@ slow = pytest.mark.skipif(
     not os.environ.get("CHATGLM3_SLOW"), reason="takes a minute; CHATGLM3_SLOW=1 runs it"
 )
 with contextlib.suppress(ValueError):  # some runners import this in another thread
-    # A shell that runs the tests with "&" has SIGINT ignored, also in what they start.
+    # A shell ignores SIGINT in what it runs with "&", and nohup ignores SIGHUP.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the models of the tests are too small for several threads to help
 
 
