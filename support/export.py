@@ -25,6 +25,7 @@ from support.bases import base_file, check_finite, own_dtype, zero_if_finite
 from support.config import DTYPES, dtype_name
 from support.errors import one_line
 from support.files import as_json, delete, nearest_existing, read_json, write_files
+from support.merging import MergedModel
 from support.ollama import modelfile_text
 from support.self_check import LIMITS, LlamaCppReader, TransformersReader
 from support.tokenizer_files import CHAT_TEMPLATE, tokenizer_files
@@ -41,9 +42,14 @@ OFFICIAL_CODE = (
 )
 
 
+def target_of(args):
+    """→ the absolute path of the export that the flags mean"""
+    return Path(getattr(args, args.export)).absolute()
+
+
 def check_target(args):
     """Raises ValueError if something is where an export would be, or a package is missing."""
-    path = Path(getattr(args, args.export)).absolute()
+    path = target_of(args)
     if args.check and not path.exists():
         raise ValueError(f"{path}: there is nothing to check")
     targets = [] if args.check else [path]
@@ -126,7 +132,7 @@ class Export:
     def run(self):
         """Raises ValueError if base or adapter can't be exported, or an export is not right."""
         check_finite(self.model)
-        path = Path(getattr(self.args, self.args.export)).absolute()
+        path = target_of(self.args)
         if self.args.merge_to:
             self.write_directory(path)
         elif self.args.gguf:
@@ -191,8 +197,8 @@ class Export:
             raise ValueError(f"{path}: not an export of infer.py: its config.json has no dtype")
         try:
             if read_json(path / "config.json")["model_type"] == "chatglm":
-                kind, stop_ids = type(self.model.model), self.tokenizer.stop_ids
-                network = layouts.official_as_glm(path, kind, DTYPES[dtype], stop_ids)
+                written = MergedModel(str(path), type(self.model.model))
+                network = layouts.as_glm(written, DTYPES[dtype])
             reader = TransformersReader(path, network)
         except Exception as error:  # whatever a damaged directory makes the readers raise
             raise ValueError(f"{path}: transformers can't open it: {one_line(error)}") from error

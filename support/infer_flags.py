@@ -1,7 +1,7 @@
 """The flags of infer.py: what they are called, their defaults, and which of them go together."""
 
 from support import commands
-from support.config import ADAPTER_DIR
+from support.config import ADAPTER_DIR, SAMPLING
 
 
 def parse_args(argv=None):
@@ -47,11 +47,12 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=number(1, 2**20), default=128, help="limit of an answer")
     add("--greedy", action="store_true", help="always the likeliest token, nothing random")
     temperature = "the higher, the more varied; 0: --greedy"
-    add("--temperature", type=number(0.0, 100.0), default=0.8, help=temperature)
+    add("--temperature", type=number(0.0, 100.0), help=temperature)
     add("--top-k", type=number(1, 2**20), help="draw from this many likeliest tokens only")
-    add("--top-p", type=number(1e-6, 1), default=0.8, help="draw from the likeliest up to this sum")
+    add("--top-p", type=number(1e-6, 1), help="draw from the likeliest up to this sum")
     add("--repetition-penalty", type=number(0.01, 100), default=1.0, help="above 1: repeats less")
     add("--seed", type=number(0, 2**63 - 1), help="makes what is drawn repeatable")
+    parser.set_defaults(**SAMPLING)
     args = parser.parse_args(argv)
     args.greedy |= args.temperature == 0
     exports = ("merge_to", "gguf", "gguf_adapter", "check")

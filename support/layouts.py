@@ -12,7 +12,7 @@ import torch
 from transformers import GlmConfig, GlmForCausalLM
 
 from support.config import FIXED, dtype_name
-from support.merging import INV_FREQ, MergedModel
+from support.merging import INV_FREQ
 
 
 class Target(NamedTuple):
@@ -120,13 +120,14 @@ def glm_config(config, dtype, stop_ids):
     }
 
 
-def official_as_glm(directory, model_class, dtype, stop_ids):
-    """A directory in the official layout → transformers' GlmForCausalLM with its weights."""
-    written = MergedModel(str(directory), model_class)
-    config = GlmConfig.from_dict(glm_config(written.config, dtype, stop_ids))
+def as_glm(model, dtype, device="cpu"):
+    """A MergedModel → transformers' GlmForCausalLM with its weights. It stops at no id."""
+    settings = glm_config(model.config, dtype, stop_ids=()) | {"eos_token_id": None}
+    config = GlmConfig.from_dict(settings)
     with torch.device("meta"):
         network = GlmForCausalLM(config)
-    weights = {name: target.read().to(dtype) for name, target in glm_tensors(written).items()}
+    weights = {name: target.read().to(dtype) for name, target in glm_tensors(model).items()}
     network.load_state_dict(weights, strict=True, assign=True)
-    network.model.rotary_emb = type(network.model.rotary_emb)(config)  # a buffer that no file holds
-    return network
+    with torch.device(device):  # its buffers are in no file
+        network.model.rotary_emb = type(network.model.rotary_emb)(config)
+    return network.eval()

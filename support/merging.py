@@ -28,27 +28,25 @@ class CheckpointTensors:
 
     def __init__(self, path):
         check_files(path)
-        self.file, self.tensors = None, {}  # the open file, and {name: a function that reads it}
+        self.file = self.read = None  # the open file, and a function: name → tensor
         self.file_of = {name: file for file in _weight_files(path) for name in self._open(file)}
 
     def _open(self, file):
-        """→ {name: a function that reads it}. One file is open at a time."""
-        if file != self.file:
-            self.tensors = {}  # closes the file before
-            if str(file).endswith(".safetensors"):
-                opened = safe_open(file, "pt")
-                read = opened.get_tensor
-                names = opened.keys()
-            else:
-                is_zip = zipfile.is_zipfile(file)  # older files are not, and can't be mapped
-                opened = torch.load(file, "cpu", weights_only=True, mmap=is_zip)
-                read = opened.__getitem__
-                names = opened
-            self.file, self.tensors = file, dict.fromkeys(names, read)
-        return self.tensors
+        """→ the names of the tensors in `file`, which is open from now on, and no other."""
+        self.file, self.read = file, None  # closes the file before
+        if str(file).endswith(".safetensors"):
+            opened = safe_open(file, "pt")
+            self.read = opened.get_tensor
+        else:
+            is_zip = zipfile.is_zipfile(file)  # older files are not, and can't be mapped
+            opened = torch.load(file, "cpu", weights_only=True, mmap=is_zip)
+            self.read = opened.__getitem__
+        return opened.keys()
 
     def __getitem__(self, name):
-        return self._open(self.file_of[name])[name](name)
+        if self.file_of[name] != self.file:
+            self._open(self.file_of[name])
+        return self.read(name)
 
     def shapes(self):
         """→ {name: shape}"""

@@ -2,6 +2,8 @@
 
 import unicodedata
 
+from support.config import SAMPLING
+
 # The prompt format in Go's template language, without tools. Older versions of Ollama don't read
 # the template in the GGUF file. The system message is the first of .Messages.
 OLLAMA_TEMPLATE = (
@@ -23,8 +25,8 @@ def modelfile_text(file_name, system, context):
         lines.append("# A Modelfile can't hold the system message: send it with each request.")
     lines += [f'PARAMETER stop "<|{role}|>"' for role in ("user", "observation")]
     lines += [f"PARAMETER num_ctx {min(context, 8192)}"]
-    # infer.py's defaults
-    lines += ["PARAMETER temperature 0.8", "PARAMETER top_p 0.8", "PARAMETER top_k 0"]
+    # infer.py has no top_k; Ollama's default is 40.
+    lines += [f"PARAMETER {name} {value}" for name, value in (SAMPLING | {"top_k": 0}).items()]
     return "\n".join(lines) + "\n"
 
 

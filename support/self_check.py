@@ -98,16 +98,14 @@ class TransformersReader:
 
     def __init__(self, directory, network=None):
         """network: that of `directory`, if from_pretrained can't read it without remote code"""
-        import transformers
-
-        self.name = f"transformers {transformers.__version__}"
+        self.name = f"transformers {version('transformers')}"
         options = dict(trust_remote_code=False)  # without it, transformers offers to run code
         self.tokenizer = AutoTokenizer.from_pretrained(directory, **options)
         options["dtype"] = "auto"
         self.network = network or AutoModelForCausalLM.from_pretrained(directory, **options)
         self.network.eval()
         for module in self.network.modules():
-            if any(True for _ in module.parameters(recurse=False)):
+            if [*module.parameters(recurse=False)]:
                 module.register_forward_pre_hook(_to_fp32)
                 module.register_forward_hook(_to_stored)
 
@@ -129,11 +127,6 @@ class TransformersReader:
         return [Step(*each) for each in zip(new, pairs, strict=True)]
 
 
-def _kill(process):
-    process.kill()
-    process.communicate()
-
-
 def _to_fp32(module, inputs):
     for param in module.parameters(recurse=False):
         param.stored, param.data = param.data, param.data.float()
@@ -143,6 +136,11 @@ def _to_fp32(module, inputs):
 def _to_stored(module, inputs, output):
     for param in module.parameters(recurse=False):
         param.data = param.stored
+
+
+def _kill(process):
+    process.kill()
+    process.communicate()
 
 
 class LlamaCppReader:

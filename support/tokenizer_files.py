@@ -14,6 +14,7 @@ import re
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from support.config import SAMPLING
 from support.files import as_json
 from support.tools import HEADER
 
@@ -90,8 +91,7 @@ def tokenizer_files(tokenizer, context):
         "additional_special_tokens": in_prompts,
         "chat_template": CHAT_TEMPLATE,
     }
-    sampling = dict(do_sample=True, temperature=0.8, top_p=0.8)  # infer.py's defaults
-    generation = dict(eos_token_id=tokenizer.stop_ids, pad_token_id=0, **sampling)
+    generation = dict(eos_token_id=tokenizer.stop_ids, pad_token_id=0, do_sample=True, **SAMPLING)
     return {
         "tokenizer.json": fast.to_str().encode(),
         "tokenizer_config.json": as_json(config),

@@ -128,10 +128,18 @@ class Marker:
         return open, (str(self.path), "w")
 
 
+# The four matrices of a block
+LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+def merged_model(base, adapter=None):
+    """→ the MergedModel of a directory, and the directory of an adapter"""
+    return MergedModel(str(base), chatglm.ChatGLMForCausalLM, chatglm.load_adapter, adapter)
+
+
 def write_layout(directory, base, adapter=None, layout="official", dtype=torch.float32):
     """Writes config.json and the weights of an export. → its MergedModel"""
-    load = chatglm.load_adapter
-    model = MergedModel(str(base), chatglm.ChatGLMForCausalLM, load, adapter)
+    model = merged_model(base, adapter)
     if layout == "glm":
         targets, config = layouts.glm_tensors(model), layouts.glm_config(model.config, dtype, [2])
     else:

@@ -17,10 +17,12 @@ import torch
 from conftest import (
     ANSWER,
     FIXTURES,
+    LINEAR,
     QUESTION,
     ROOT,
     adapter_of,
     finish,
+    merged_model,
     refused_by_infer,
     with_random_lora,
     write_layout,
@@ -141,7 +143,6 @@ def test_transformers_reads_the_built_in_model(trained, tmp_path, tokenizer):
         assert answer == [id for _, id in decoder.generate([ids], 40) if id is not None]
 
 
-LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 KINDS = [
     dict(target_modules=LINEAR),
     dict(target_modules=LINEAR, rslora=True),
@@ -376,7 +377,7 @@ def test_a_number_that_is_not_finite_is_found(base, tokenizer):
         def answer(self, ids):
             return [self_check.Step(8, {8: -1.0}), self_check.Step(9, {9: self.number})]
 
-    model = MergedModel(str(FIXTURES / "tiny"), chatglm.ChatGLMForCausalLM)
+    model = merged_model(FIXTURES / "tiny")
     prompts = [(self_check.CONVERSATIONS[0], [5, 6, 7])]
     for Reader.number in (math.nan, -math.inf):
         with pytest.raises(self_check.Differs, match="a reader: log-probabilities differ"):
@@ -428,7 +429,7 @@ def test_numbers_too_large_for_fp16_are_refused(checkpoint, tmp_path):
         write_layout(tmp_path / "m", checkpoint, dtype=torch.float16)
     tensors[name][3, 4] = torch.nan
     save_file(tensors, file, {"format": "pt"})
-    model = MergedModel(str(checkpoint), chatglm.ChatGLMForCausalLM)
+    model = merged_model(checkpoint)
     with pytest.raises(ValueError, match=f"not finite, in {name}"):
         bases.check_finite(model)
 
@@ -456,8 +457,7 @@ def test_a_base_is_read_from_every_kind_of_file(golden, tmp_path, kind):
             "weight_map": {name: file for file in parts for name in parts[file]},
         }
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    load, adapter = chatglm.load_adapter, directory / "adapter"
-    model = MergedModel(str(base), chatglm.ChatGLMForCausalLM, load, adapter)
+    model = merged_model(base, directory / "adapter")
     found = model.logits(expected["input_ids"])
     wanted = expected["adapter_logits"]
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
@@ -479,17 +479,17 @@ def test_a_base_that_is_not_whole_is_refused(checkpoint, change, message):
     change(tensors)
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=re.escape(message)):
-        MergedModel(str(checkpoint), chatglm.ChatGLMForCausalLM)
+        merged_model(checkpoint)
 
 
 def test_a_damaged_base_is_refused(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="base: cannot load this model: "):
-        MergedModel(str(checkpoint), chatglm.ChatGLMForCausalLM)
+        merged_model(checkpoint)
     file.unlink()
     with pytest.raises(ValueError, match="it has no model.safetensors, nor shards of it"):
-        MergedModel(str(checkpoint), chatglm.ChatGLMForCausalLM)
+        merged_model(checkpoint)
 
 
 def test_the_example_for_transformers_answers(trained, tmp_path, monkeypatch, capsys):

@@ -13,8 +13,10 @@ import pytest
 import torch
 from conftest import (
     ANSWER,
+    LINEAR,
     QUESTION,
     adapter_of,
+    merged_model,
     read_conversations,
     reference,
     refused_by_infer,
@@ -26,21 +28,14 @@ import infer
 import model as chatglm
 from support import gguf, self_check
 from support.config import SAMPLE
-from support.merging import MergedModel
 from support.ollama import modelfile_text
 from support.self_check import LlamaCppReader
 from support.tokenizer_files import CHAT_TEMPLATE
 
-LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-
-
-def model_of(base, adapter=None):
-    return MergedModel(str(base), chatglm.ChatGLMForCausalLM, chatglm.load_adapter, adapter)
-
 
 def written(file, base, adapter=None, file_type="f32", tokenizer=None):
     """Writes a GGUF file with the built-in model's vocabulary. → its MergedModel"""
-    model = model_of(base, adapter)
+    model = merged_model(base, adapter)
     tokenizer = tokenizer or data.ChatGLMTokenizer(chatglm.BUILT_IN)
     gguf.ModelFile(model, tokenizer, CHAT_TEMPLATE, file_type).write(file, lambda count: None)
     return model
@@ -85,7 +80,7 @@ def test_llama_cpp_computes_the_same(exported, tokenizer, monkeypatch):
     """20 prompts, 40 greedy tokens of each, the 20 likeliest tokens of each step, in fp32."""
     directory, adapter = exported
     monkeypatch.setattr(self_check, "NEW_TOKENS", 40)
-    model = model_of(chatglm.BUILT_IN, adapter)
+    model = merged_model(chatglm.BUILT_IN, adapter)
     reader = LlamaCppReader(directory / "f32.gguf")
     largest, equal = largest_difference(reader, model, prompts_of(tokenizer, 20))
     assert largest < 1e-4 and equal
@@ -104,7 +99,7 @@ def test_a_long_rotary_base(tmp_path, monkeypatch):
     ids = torch.randint(3, 1400, (700,), generator=torch.Generator().manual_seed(0)).tolist()
     largest, equal = largest_difference(LlamaCppReader(tmp_path / "m.gguf"), model, [ids])
     assert largest < 1e-4 and equal
-    other = model_of(chatglm.BUILT_IN).logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
+    other = merged_model(chatglm.BUILT_IN).logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
     assert (other - model.logits(torch.tensor([ids]))[0, -1].log_softmax(-1)).abs().max() > 0.01
 
 
@@ -192,7 +187,7 @@ def test_alphas_and_ranks_of_single_layers(tmp_path, tokenizer, monkeypatch):
     patterns = dict(alpha_pattern={"dense": 3, "layers.1.mlp.dense_h_to_4h": 20})
     file.write_text(json.dumps(json.loads(file.read_text()) | patterns))
     written(tmp_path / "base.gguf", chatglm.BUILT_IN)
-    model = model_of(chatglm.BUILT_IN, tmp_path / "a")
+    model = merged_model(chatglm.BUILT_IN, tmp_path / "a")
     assert len({layer.scaling["default"] for layer in model.lora.values()}) == 3
     gguf.write_adapter(tmp_path / "a.gguf", model)
     gguf.check_adapter(tmp_path / "a.gguf", model)
@@ -299,7 +294,7 @@ def test_llama_cpp_finds_a_changed_tensor_too(exported, tmp_path, tokenizer):
     file = tmp_path / "m.gguf"
     file.write_bytes((directory / "f32.gguf").read_bytes())
     change(file, "output_norm.weight")
-    model = model_of(chatglm.BUILT_IN, adapter)
+    model = merged_model(chatglm.BUILT_IN, adapter)
     prompts = [(m, data.encode_prompt(tokenizer, m)) for m in self_check.CONVERSATIONS]
     with pytest.raises(self_check.Differs, match="log-probabilities differ by at most"):
         self_check.compare(LlamaCppReader(file), model, prompts, self_check.LIMITS["f32"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import (
     FIXTURES,
+    LINEAR,
     new_run,
     random_samples,
     slow,
@@ -28,7 +29,6 @@ import model as chatglm
 import train
 from support.adapters import adapter_tensors
 
-LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 BATCH = data.collate(random_samples([20, 30], 512))
 KINDS = [
     pytest.param(dict(dora=True), id="DoRA"),

@@ -31,6 +31,7 @@ from random_checkpoint import random_base, random_model
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import infer
 import model as chatglm
+from support import layouts
 from support.memory import wait_for
 
 PROMPT = 64
@@ -68,61 +69,20 @@ def copy_rate(device):
     return 2 * source.nbytes / best
 
 
-def as_glm(model):
-    """→ transformers' GlmForCausalLM with views of `model`'s weights.
+class InMemory:
+    """A model in memory, as layouts.as_glm reads it"""
 
-    query_key_value is split in three. Nothing is copied.
-    """
-    c = model.config
-    config = transformers.GlmConfig(
-        vocab_size=c.padded_vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.ffn_hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.multi_query_group_num,
-        head_dim=c.kv_channels,
-        attention_bias=c.add_qkv_bias,
-        rms_norm_eps=c.layernorm_epsilon,
-        max_position_embeddings=c.seq_length,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0 * c.rope_ratio,
-            "partial_rotary_factor": 0.5,
-        },
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    with torch.device("meta"):
-        glm = transformers.GlmForCausalLM(config)
-    names = {
-        "input_layernorm": "input_layernorm",
-        "post_attention_layernorm": "post_attention_layernorm",
-        "self_attention.dense": "self_attn.o_proj",
-        "mlp.dense_h_to_4h": "mlp.gate_up_proj",
-        "mlp.dense_4h_to_h": "mlp.down_proj",
-    }
-    weights = {
-        "model.embed_tokens.weight": model.get_input_embeddings().weight,
-        "model.norm.weight": model.transformer.encoder.final_layernorm.weight,
-        "lm_head.weight": model.get_output_embeddings().weight,
-    }
-    sizes = [
-        n * c.kv_channels
-        for n in (c.num_attention_heads, c.multi_query_group_num, c.multi_query_group_num)
-    ]
-    for i, layer in enumerate(model.transformer.encoder.layers):
-        for ours, theirs in names.items():
-            weights[f"model.layers.{i}.{theirs}.weight"] = layer.get_submodule(ours).weight
-        for kind, tensor in layer.self_attention.query_key_value.named_parameters():
-            for name, part in zip(("q_proj", "k_proj", "v_proj"), tensor.split(sizes), strict=True):
-                weights[f"model.layers.{i}.self_attn.{name}.{kind}"] = part
-    glm.load_state_dict(weights, strict=True, assign=True)
-    with torch.device(model.device):
-        glm.model.rotary_emb = type(glm.model.rotary_emb)(config)  # its buffers are no weights
-    return glm.eval()
+    def __init__(self, model):
+        self.config, self.weights = model.config, dict(model.named_parameters())
+        self.shapes = {name: weight.shape for name, weight in self.weights.items()}
+
+    def __getitem__(self, name):
+        return self.weights[name].detach()
+
+
+def as_glm(model):
+    """→ transformers' GlmForCausalLM with views of `model`'s weights; query_key_value is split"""
+    return layouts.as_glm(InMemory(model), model.dtype, model.device)
 
 
 def times_of_tokens(model, rows, how, count, again):
@@ -186,7 +146,10 @@ def main():
     rate = copy_rate(device)
     with torch.no_grad():
         ids = torch.randint(3, model.config.padded_vocab_size, (1, PROMPT), device=device)
-        ours, theirs = model(ids).logits.float(), as_glm(model)(ids).logits.float()
+        ours, theirs = (
+            model(ids).logits.float(),
+            as_glm(model)(ids).logits.float(),
+        )
         difference = float((ours - theirs).norm() / ours.norm())
         assert difference < (1e-2 if cuda else 1e-5), difference
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
