@@ -154,15 +154,16 @@ def loading_options(device, dtype, load_in):
         install = "pip install -r requirements-quantization.txt"
         raise ValueError(f"--load-in {load_in} needs bitsandbytes: {install}")
     keep_nan_in_4bit()
-    settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    settings["bnb_4bit_compute_dtype"] = dtype
+    settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    settings |= dict(bnb_4bit_use_double_quant=True)  # the scales in 8 bits: 0.25 GiB less at 6B
     return options | dict(quantization_config=BitsAndBytesConfig(**settings))
 
 
 def keep_nan_in_4bit():
     """Changes bitsandbytes' quantisation, so that check_finite finds a tensor that is not finite.
 
-    On CUDA, a NaN would become one of the 16 values. Now all scales of its tensor become NaN.
+    On CUDA, a NaN would become one of the 16 values. Now the number that is added to all scales of
+    its tensor becomes NaN.
     """
     from bitsandbytes import functional
 
@@ -172,7 +173,7 @@ def keep_nan_in_4bit():
 
     def quantize_and_keep_nan(A, *args, **options):
         quantised, state = quantize(A, *args, **options)
-        state.absmax += 0 * torch.linalg.vector_norm(A, torch.inf).float()  # 0 × inf is NaN
+        state.offset += 0 * torch.linalg.vector_norm(A, torch.inf).float()  # 0 × inf is NaN
         return quantised, state
 
     functional.quantize_4bit = quantize_and_keep_nan
@@ -218,8 +219,8 @@ def check_finite(model):
     """→ the model. Raises ValueError with the names of the weights that are not finite."""
     zeros = {}
     for name, param in model.named_parameters():
-        in_4bit = getattr(param, "quant_state", None)  # it has the largest number of each block
-        zeros[name] = zero_if_finite(in_4bit.absmax if in_4bit else param.detach())
+        in_4bit = getattr(param, "quant_state", None)  # see keep_nan_in_4bit
+        zeros[name] = zero_if_finite(in_4bit.offset if in_4bit else param.detach())
     found = torch.stack([*zeros.values()]).tolist()  # one transfer from the device
     if bad := [name for name, zero in zip(zeros, found, strict=True) if zero != 0]:
         what = f"it holds numbers that are not finite, in {first_few(bad)}"

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 from contextlib import suppress
@@ -53,14 +54,26 @@ def start(device, timeout):
         what = f"the processes can't connect ({one_line(error)})"
         raise ValueError(f"{what}; read what the others print, or raise --timeout") from error
     if found == "cuda":
-        # NCCL's timeout aborts the program without a message. So it is twice as long: gloo's
-        # timeout, which raises an error, comes first.
-        Links.nccl_group = dist.new_group(backend="nccl", timeout=2 * wait)
-        # NCCL allocates memory at its first message. So one is sent here, before the memory for
-        # training is measured.
-        dist.all_reduce(torch.zeros((), device="cuda"), group=Links.nccl_group)
+        connect_gpus(rank, count, timeout)
     if rank:
         sys.stdout = open(os.devnull, "w")  # only the first process prints
+
+
+def connect_gpus(rank, count, timeout):
+    """Makes Links.nccl_group. Ends the program if that takes more than `timeout` seconds."""
+    # A call that connects two GPUs waits for both processes, for ever if one of them hangs. So all
+    # are connected here. Later calls only start a kernel, and the CPU waits in gloo's messages.
+    os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
+    # NCCL's timeout aborts the program without a message. So it is twice as long: gloo's timeout,
+    # which raises an error, comes first.
+    Links.nccl_group = dist.new_group(backend="nccl", timeout=timedelta(seconds=2 * timeout))
+    alarm = threading.Timer(timeout, name_who_hangs, (rank, count, "train.py"))
+    alarm.daemon = True
+    alarm.start()
+    # The first message connects. NCCL's memory is then allocated before training's is measured.
+    add_up(torch.zeros((), device="cuda"))
+    torch.cuda.synchronize()
+    alarm.cancel()
 
 
 def store_of_attempt(store, rank, count, timeout):
@@ -250,7 +263,7 @@ def exit_together(error, program, out_of_memory):
     timed_out = "timed out" in text
     is_lost = timed_out or "connection" in text
     if is_lost and Links.stopped:  # torchrun ends this process, because another one died
-        sys.exit(128 + Links.stopped)
+        os._exit(128 + Links.stopped)  # sys.exit could wait for ever for a message on the GPU
     if timed_out and Links.store:
         name_who_hangs(rank, count, program)
     if rank or may_come_from_others:
@@ -284,4 +297,4 @@ def name_who_hangs(rank, count, program):
     advice = "--resume continues from the newest checkpoint; if that was only slow, raise --timeout"
     # A progress bar may stand in this line.
     commands.ErrorOutput().write(f"\n{program}: error: {what}; {advice}\n")
-    os._exit(2)  # sys.exit could wait forever for a message on the GPU
+    os._exit(2)

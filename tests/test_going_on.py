@@ -261,7 +261,9 @@ def test_a_checkpoint_from_before_these_flags(tmp_path, capsys):
 @pytest.mark.parametrize("number, code", [(0, 0), (signal.SIGINT, 130)])
 def test_a_run_whose_stderr_is_read_no_longer(tmp_path, number, code):
     out = tmp_path / "out"
-    flags = [*LONG, "--logging-steps", "1", "--device", "cpu", "--output-dir", out]
+    steps = 30 if number else 4
+    flags = [*LONG, "--max-steps", str(steps), "--logging-steps", "1", "--device", "cpu"]
+    flags += ["--output-dir", out]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], **pipes)
     assert process.stderr.read(1)
@@ -271,7 +273,7 @@ def test_a_run_whose_stderr_is_read_no_longer(tmp_path, number, code):
     told = process.stdout.read().decode()
     assert process.wait(60) == code and all(map(is_intact, list_checkpoints(out)))
     step = int(list_checkpoints(out)[0].name.partition("-")[2])
-    assert f"stopped  after update {step}" in told if number else step == 30
+    assert f"stopped  after update {step}" in told if number else step == steps
     assert (out / ADAPTER[0]).exists() is ("saved" in told) is not bool(number)
 
 

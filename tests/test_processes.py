@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -436,6 +438,18 @@ def test_the_other_processes_that_notice_are_silent_until_they_are_ended(late, c
     what = "lost the connection to another process, which failed first"
     assert last_line(capsys, RuntimeError(LATE)) == f"train.py: process 1: error: {what}"
     assert done == WAITS and store.check(["waits 1"])
+
+
+def test_gpus_that_never_get_connected_are_told_of(late, monkeypatch, capsys):
+    """NCCL waits for ever then, and no error is raised."""
+    late([1, 1, 0], [])
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    monkeypatch.setattr(processes.dist, "new_group", lambda **options: None)
+    monkeypatch.setattr(processes, "add_up", lambda tensor: ended.wait(20))
+    monkeypatch.setattr(processes, "torch", mock.MagicMock())  # instead of tensors on a GPU
+    processes.connect_gpus(1, 3, timeout=0.1)
+    assert ended.is_set() and "no answer from process 2 for 60 s" in capsys.readouterr().err
 
 
 def test_a_process_that_torchrun_ends_is_silent(late, capsys):

@@ -1,6 +1,8 @@
 """`torchrun --max-restarts`: a worker that dies or hangs does not end the run.
 
 CHATGLM3_KILLS=10 python -m pytest -q tests/test_restarts.py    # more kills, and four processes
+
+Where there are two GPUs, their processes are killed too.
 """
 
 import itertools
@@ -12,11 +14,12 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import KILLS, ROOT, finish, metrics_of, outcome, start_several
 
 FLAGS = (
     "--save-steps 4 --keep-checkpoints 2 --logging-steps 2 --eval-split 0.2 --eval-steps 4 "
-    "--batch-size 2 --gradient-accumulation-steps 1 --lora-dropout 0.1 --device cpu --resume"
+    "--batch-size 2 --gradient-accumulation-steps 1 --lora-dropout 0.1 --resume"
 ).split()
 
 
@@ -75,11 +78,15 @@ class Job:
         return self.log.read_text()
 
 
-@pytest.mark.parametrize("count", [2, 4] if KILLS else [2])
-def test_workers_that_die_or_hang_cost_nothing(tmp_path, start, count):
+@pytest.mark.parametrize(
+    "device, count", [("cpu", 2), *([("cpu", 4)] if KILLS else []), ("cuda", 2)]
+)
+def test_workers_that_die_or_hang_cost_nothing(tmp_path, start, device, count):
     """Whatever a worker does when it is killed. The last one is stopped, and named."""
+    if device == "cuda" and torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} CUDA devices")
     kills = KILLS or 1
-    flags = ["--max-steps", 12 * (kills + 1), "--timeout", 10]
+    flags = ["--device", device, "--max-steps", 12 * (kills + 1), "--timeout", 10]
     undisturbed = tmp_path / "undisturbed"
     for process in start_several(start, count, *FLAGS, *flags, "--output-dir", undisturbed):
         finish(process)
@@ -108,7 +115,7 @@ def test_machines_that_do_not_share_their_disk_are_told(tmp_path, start):
     """Each process has a directory of its own, as on two machines."""
     for code in (0, 2):
         directories = (["--output-dir", tmp_path / name] for name in "ab")
-        arguments = [*FLAGS, "--max-steps", 4]
+        arguments = [*FLAGS, "--device", "cpu", "--max-steps", 4]
         processes = start_several(start, 2, *arguments, each=directories)
         told = finish(processes[0], code)
         processes[1].kill()  # torchrun would

@@ -236,8 +236,8 @@ def test_logged_loss_is_the_mean_over_learnt_tokens(tmp_path):
 def test_overflows_are_counted_and_shown(tmp_path, monkeypatch, capsys):
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**26)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    flags = "--dtype fp16 --device cpu --max-steps 20 --logging-steps 5 --output-dir".split()
-    train_main(*flags, tmp_path)
+    flags = "--dtype fp16 --device cpu --max-steps 20 --logging-steps 5".split()
+    train_main(*flags, "--batch-size", 1, "--output-dir", tmp_path)
     lines = metrics_of(tmp_path)
     skipped = lines[-1]["skipped"]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
@@ -291,7 +291,7 @@ def test_whole_modules_train_and_answer_in_half_precision(tmp_path, dtype):
     directory, device = tmp_path / "out", ["--device", "cpu", "--dtype", dtype]
     flags = ["--target-modules", "word_embeddings", "query_key_value"]
     flags += ["--modules-to-save", "output_layer", "final_layernorm", *device]
-    flags += ["--max-steps", 20, "--logging-steps", 5]
+    flags += ["--batch-size", 2, "--max-steps", 8, "--logging-steps", 2]
     train_main(*flags, "--output-dir", directory)
     losses = [line["loss"] for line in metrics_of(directory)]
     assert losses[-1] < losses[0]

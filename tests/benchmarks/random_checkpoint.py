@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import model as chatglm
 from support import fp8
+from support.bases import loading_options
 
 
 @torch.no_grad()
@@ -45,7 +46,9 @@ def random_base(config, device, dtype, load_in=None):
     if load_in == "4bit":
         import bitsandbytes as bnb
 
-        kind = dict(quant_type="nf4", compress_statistics=False)
+        asked = loading_options("auto", "auto", load_in)["quantization_config"]
+        kind = dict(quant_type=asked.bnb_4bit_quant_type)
+        kind["compress_statistics"] = asked.bnb_4bit_use_double_quant
         for parent in [*blocks.modules()]:
             for name, old in [*parent.named_children()]:
                 if type(old) is torch.nn.Linear:
