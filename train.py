@@ -1,6 +1,6 @@
 """Fine-tunes ChatGLM3 with LoRA: one visible loop.
 
-    python train.py                                     # a built-in tiny model, about a minute
+    python train.py                                     # a built-in tiny model, two minutes
     python train.py --model THUDM/chatglm3-6b --data huanhuan.json --system "…"  # the real job
 
 Read it from top to bottom: the loop, one update, evaluation, the fast paths, preparation, commands.

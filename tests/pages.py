@@ -48,7 +48,7 @@ def sections(text):
 
 def files_of(text):
     """→ {name: content} of the files that a text shows: blocks after `name` and a colon"""
-    return dict(re.findall(r"`([\w-]+\.jsonl?)`[:：]\n\n```jsonl?\n(.*?)^```", text, re.M | re.S))
+    return dict(re.findall(r"`([\w/-]+\.jsonl?)`[:：]\n\n```jsonl?\n(.*?)^```", text, re.M | re.S))
 
 
 def anchors(page):

@@ -113,12 +113,13 @@ def make_files(words, files):
     """Writes the files that a command reads: those that the page shows, or a few of the sample."""
     for i, word in enumerate(words):
         name = word.partition(":")[0]
+        if not re.search(r"\.jsonl?$", name) or words[i - 1] == "--output":
+            continue
+        Path(name).parent.mkdir(exist_ok=True)
         if name in files:
             Path(name).write_text(files[name], "utf-8")
-        elif re.search(r"\.jsonl?$", name) and words[i - 1] != "--output":
-            if not Path(name).exists():
-                Path(name).parent.mkdir(exist_ok=True)
-                shutil.copy(SAMPLE, name)
+        elif not Path(name).exists():
+            shutil.copy(SAMPLE, name)
 
 
 def is_run(program, arguments, start, monkeypatch):
@@ -165,6 +166,32 @@ def test_its_commands_run(section, tmp_path, monkeypatch, small_run, start, own_
             assert is_known or (ROOT / words[1]).exists() or "pytest" in words, words
             files = [word for word in words if re.search(r"^(tests/|requirements).+\.\w+$", word)]
             assert all((ROOT / file).exists() for file in files), words
+
+
+@pytest.mark.parametrize("name", ["answers.md", "answers.zh.md"])
+def test_right_answers_are_counted(name, trained, tmp_path, monkeypatch, capsys, own_signals):
+    """The commands and the script of the section, with the built-in model and its sample"""
+    adapter, device = trained
+    monkeypatch.chdir(tmp_path)
+    with open(SAMPLE, encoding="utf-8") as file:
+        lines = [line for line in file if "output" in json.loads(line)][:109]
+    Path("test.jsonl").write_text("".join(lines), "utf-8")
+    parts = sections((ROOT / "docs" / name).read_text("utf-8"))
+    section = parts["Counting right answers" if name == "answers.md" else "统计答对多少"]
+    for command in commands_of(section):
+        assert command.words[:2] == ["python", "infer.py"]
+        flags = [] if "--no-adapter" in command.words else ["--adapter", str(adapter)]
+        infer.main([*command.words[2:], *flags, "--device", device])
+    (script,) = (code for language, code in blocks(section) if language == "python")
+    (shown,) = (code for language, code in blocks(section) if language == "text")
+    capsys.readouterr()
+    exec(script, {})
+    printed = capsys.readouterr().out
+    line = re.compile(r"^(\w+)\.jsonl: (\d+) of 109 word for word, overlap ([\d.]+)$", re.M)
+    for text in (printed, shown):  # training may differ a little by processor
+        before, after = line.findall(text)
+        assert before[:2] == ("before", "0") and float(before[2]) < 0.1
+        assert after[0] == "after" and int(after[1]) > 100 and float(after[2]) > 0.95
 
 
 def test_every_command_stands_in_a_section():

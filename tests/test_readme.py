@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from pages import BLOCK, ENGLISH, PAGES, anchors, blocks, commands_of, sections
 
+import infer
 import train
 from support import infer_flags, train_flags
 
@@ -86,6 +87,18 @@ def test_the_tables_of_flags_are_those_of_the_parsers(language):
     assert [flag.replace("\\|", "|") for flag, _, _ in rows] == flags
     if language == "zh":  # every flag was translated
         assert all(re.search("[\u4e00-\u9fff]", words) for _, words, _ in rows)
+
+
+def test_readme_shows_what_infer_py_answers(trained, capsys):
+    adapter, device = trained
+    if device != "cpu":
+        pytest.skip("README's answers are those of a CPU")
+    commands = [command.words for command in commands_of(sections(README)["Try it"])]
+    answers = [words[2:] for words in commands if words[:2] == ["python", "infer.py"]]
+    for flags in answers:
+        infer.main([*flags, "--adapter", str(adapter), "--device", device])
+    shown = [code for language, code in blocks(README) if language == "text"]
+    assert len(answers) == 2 and capsys.readouterr().out == shown[1]
 
 
 def test_readme_shows_what_train_py_prints(tmp_path, capsys):

@@ -15,7 +15,10 @@ COLOURS = {"4bit": "tab:red", "fp8": "tab:blue"}  # fp16 is black
 
 
 def points():
-    """→ [(flags in short, GiB, samples/s)] of README's table"""
+    """→ [(flags in short, GiB, samples/s)] of README's table
+
+    Where fp8 has two rows with the same flags, the larger one stores each matrix twice.
+    """
     found = []
     for flags, memory, speed in ROW.findall((ROOT / "README.md").read_text("utf-8")):
         for long, short in SHORT.items():
@@ -23,6 +26,12 @@ def points():
         kind = "" if flags.startswith(tuple(COLOURS)) else "fp16 "
         size = "" if "8 × 1" in flags else " 4 × 2"
         found.append((kind + flags + size, float(memory), int(speed)))
+    names = [name for name, _, _ in found]
+    largest = {name: memory for name, memory, _ in sorted(found, key=lambda point: point[1])}
+    for i, (name, memory, speed) in enumerate(found):
+        if names.count(name) == 2:
+            stored = "stored twice" if memory == largest[name] else "stored once"
+            found[i] = (f"{name}, {stored}", memory, speed)
     return found
 
 
