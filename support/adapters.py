@@ -61,14 +61,14 @@ def check_whole(modules, names):
 
 
 def check_targets(model, target_modules, modules_to_save, dora=False):
-    """Raises ValueError for a name that no module has, for a target that is no linear layer, and
-    for what can't be trained because --load-in has quantised it."""
+    """Raises ValueError for a name that no module has, for a target that is no linear layer or is
+    trained whole, and for what can't be trained because --load-in has quantised it."""
     if dora:
         check_dora(model)
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if name}
     is_pattern = isinstance(target_modules, str)
-    targets = [target_modules] if is_pattern else target_modules
-    for wanted in [*targets, *modules_to_save]:
+    targets, whole = [target_modules] if is_pattern else target_modules, []
+    for wanted in [*modules_to_save, *targets]:
         try:
             if is_pattern and wanted is target_modules:
                 found = [name for name in modules if re.fullmatch(wanted, name)]
@@ -78,16 +78,19 @@ def check_targets(model, target_modules, modules_to_save, dora=False):
             what = f"target modules {wanted!r} is not a regular expression"
             raise ValueError(f"{what}: {error}") from error
         if not found:
-            names = {name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()}
+            names = {name.rpartition(".")[2] for name in modules if not name[-1].isdigit()}
             close = difflib.get_close_matches(wanted, names, n=1)
             hint = f"there are: {', '.join(sorted(names))}"
             hint = f"did you mean {close[0]!r}?" if close else hint
             raise ValueError(f"no module of the model is named {wanted!r}; {hint}")
+        if wanted in modules_to_save:
+            check_whole(modules, found)
+            whole += [f"{name}." for name in found]
         for name in found if wanted in targets else ():
             if not isinstance(modules[name], nn.Linear | nn.Embedding):
-                what = f"target modules {wanted!r}: {name} is no linear layer"
-                raise ValueError(f"{what}, which LoRA needs")
-        check_whole(modules, found if wanted in modules_to_save else ())
+                raise ValueError(f"target modules {wanted!r}: {name} is no linear layer")
+        if wanted in targets and all(f"{name}.".startswith(tuple(whole)) for name in found):
+            raise ValueError(f"{wanted!r} gets no LoRA if --modules-to-save trains it whole")
 
 
 def adapter_tensors(peft_model):
