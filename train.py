@@ -30,6 +30,7 @@ from support.identity import check_before_loading, run_identity, samples_per_upd
 from support.progress import Progress, ProgressBar, check_overflows, eval_bar
 from support.recomputation import recompute_all, seed_dropouts, set_up_compiler
 from support.run_directory import RunDirectory, check_output_dir
+from support.signals import Signals, exit_after_signal
 from support.train_flags import lora_options, parse_args, run_args_of, take_lora_flags
 
 
@@ -41,7 +42,7 @@ def train(args):
     eval_step = run.eval_set and make_eval_step(args, run.model, run.eval_set, micro_step)
     processes.check_same_everywhere((run.identity, progress.step))
     directory = RunDirectory(args, run_args_of(args))
-    signals = processes.Signals()
+    signals = Signals()
     progress.start_clock()
 
     with ProgressBar(run) as bar, directory.opened(run.checkpoint):
@@ -78,7 +79,7 @@ def train(args):
             if must_save:
                 directory.save_checkpoint(run, wait=stop or is_last)
             if stop:
-                processes.exit_after_signal(stop, progress.step, directory.path)
+                exit_after_signal(stop, progress.step, directory.path)
         directory.save_result(run)
     reports.report_result(run)
 

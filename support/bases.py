@@ -155,15 +155,15 @@ def loading_options(device, dtype, load_in):
         raise ValueError(f"--load-in {load_in} needs bitsandbytes: {install}")
     keep_nan_in_4bit()
     settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    settings |= dict(bnb_4bit_use_double_quant=True)  # the scales in 8 bits: 0.25 GiB less at 6B
+    settings["bnb_4bit_use_double_quant"] = True  # the scales in 8 bits: 0.25 GiB less at 6B
     return options | dict(quantization_config=BitsAndBytesConfig(**settings))
 
 
 def keep_nan_in_4bit():
     """Changes bitsandbytes' quantisation, so that check_finite finds a tensor that is not finite.
 
-    On CUDA, a NaN would become one of the 16 values. Now the number that is added to all scales of
-    its tensor becomes NaN.
+    On CUDA, a NaN would become one of the 16 values. Now the offset of its tensor's scales becomes
+    NaN, or these, if they have none.
     """
     from bitsandbytes import functional
 
@@ -173,7 +173,8 @@ def keep_nan_in_4bit():
 
     def quantize_and_keep_nan(A, *args, **options):
         quantised, state = quantize(A, *args, **options)
-        state.offset += 0 * torch.linalg.vector_norm(A, torch.inf).float()  # 0 × inf is NaN
+        scales = state.absmax if state.offset is None else state.offset
+        scales += 0 * torch.linalg.vector_norm(A, torch.inf).float()  # 0 × inf is NaN
         return quantised, state
 
     functional.quantize_4bit = quantize_and_keep_nan

@@ -224,13 +224,12 @@ class Export:
         tokenizer_files(self.tokenizer, context)  # refuses a vocabulary that llama.cpp can't hold
         file = gguf.ModelFile(self.model, self.tokenizer, CHAT_TEMPLATE, self.args.gguf_type)
         size = sum(file.sizes.values())
-        with written_whole(path, size) as part:
+        with written_whole(path, size) as part, written_whole(modelfile_path(path)) as modelfile:
+            modelfile.write_text(modelfile_text(path.name, self.system, context), "utf-8")
             with progress_bar(size, "writing") as progress:
                 file.write(part, progress)
             if not self.args.no_check:
                 self.check_gguf(part, path)
-        with written_whole(modelfile_path(path)) as part:
-            part.write_text(modelfile_text(path.name, self.system, context), "utf-8")
         print(f"saved    {path}, and {modelfile_path(path).name}, in {self.seconds()}; try it:")
         print(f"         llama-server {LLAMA_FLAGS} -m {shlex.quote(str(path))}")
         print(f"         ollama create NAME -f {shlex.quote(str(modelfile_path(path)))}")

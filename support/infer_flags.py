@@ -66,10 +66,6 @@ def parse_args(argv=None):
         (compare_fails, "--compare needs --prompt, and an adapter"),
         (args.gguf_adapter and args.no_adapter, "--gguf-adapter needs an adapter"),
         (args.export and args.load_in, f"{flag}: a quantised base can't be merged; no --load-in"),
-        (
-            args.export and args.device not in ("auto", "cpu"),
-            f"{flag} runs on the CPU; no --device",
-        ),
         (args.layout == "glm" and not args.merge_to, "--layout needs --merge-to"),
         (args.with_official_code and not args.merge_to, "--with-official-code needs --merge-to"),
         (args.with_official_code and args.layout == "glm", "--layout glm has no official code"),

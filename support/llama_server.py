@@ -30,10 +30,12 @@ def serve(file, context, threads, adapter=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")
     try:
         server = serve(*sys.argv[1:])
         print(server.listening_address, flush=True)
         sys.stdin.read()
-    except RuntimeError as error:
+    except Exception as error:
         print(f"can't open it: {error}", flush=True)
-    os._exit(0)
+    finally:
+        os._exit(0)

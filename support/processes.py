@@ -1,4 +1,4 @@
-"""Several processes, one GPU each: they start, add up gradients, stop and fail together."""
+"""Several processes, one GPU each: they start, add up gradients and fail together."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def start(device, timeout):
     """Joins the processes that torchrun started. Does nothing without torchrun.
 
     timeout: seconds that the processes wait for one another. Raises ValueError if one of them does
-    not start in this time, or if there are more processes than GPUs.
+    not start in this time, if there are more processes than GPUs, or if these can't be connected.
     """
     if not dist.is_torchelastic_launched():
         return
@@ -43,6 +43,8 @@ def start(device, timeout):
         if local_rank >= gpus:
             what = "torchrun started more processes than this machine has GPUs"
             raise ValueError(f"{what}; give --nproc-per-node {gpus}")
+        if not dist.is_nccl_available():  # on Windows
+            raise ValueError("this PyTorch lacks NCCL, which several GPUs need; give --device cpu")
         torch.cuda.set_device(local_rank)
     wait, Links.timeout = timedelta(seconds=timeout), timeout
     try:
@@ -50,30 +52,44 @@ def start(device, timeout):
         Links.store = store_of_attempt(store, rank, count, timeout)
         options = dict(store=Links.store, rank=rank, world_size=count, timeout=wait)
         dist.init_process_group("gloo", **options)
+        if found == "cuda":
+            connect_gpus()
     except dist.DistError as error:
         what = f"the processes can't connect ({one_line(error)})"
         raise ValueError(f"{what}; read what the others print, or raise --timeout") from error
-    if found == "cuda":
-        connect_gpus(rank, count, timeout)
     if rank:
         sys.stdout = open(os.devnull, "w")  # only the first process prints
 
 
-def connect_gpus(rank, count, timeout):
-    """Makes Links.nccl_group. Ends the program if that takes more than `timeout` seconds."""
-    # A call that connects two GPUs waits for both processes, for ever if one of them hangs. So all
-    # are connected here. Later calls only start a kernel, and the CPU waits in gloo's messages.
-    os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
-    # NCCL's timeout aborts the program without a message. So it is twice as long: gloo's timeout,
-    # which raises an error, comes first.
-    Links.nccl_group = dist.new_group(backend="nccl", timeout=timedelta(seconds=2 * timeout))
-    alarm = threading.Timer(timeout, name_who_hangs, (rank, count, "train.py"))
-    alarm.daemon = True
-    alarm.start()
-    # The first message connects. NCCL's memory is then allocated before training's is measured.
-    add_up(torch.zeros((), device="cuda"))
-    torch.cuda.synchronize()
-    alarm.cancel()
+def connect_gpus():
+    """Makes Links.nccl_group. If that takes longer than --timeout, the program ends with a message.
+
+    A call that connects to another GPU waits for its process, and NCCL has no limit for that. So
+    all are connected here. Later calls start a kernel, and the CPU waits in gloo's messages.
+    """
+    os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")  # 1: some wait for the first large message
+    gather(None)  # gloo names a process that does not come
+    # NCCL's timeout aborts the program without a message. So gloo's has to come first.
+    wait = timedelta(seconds=2 * Links.timeout)
+    Links.nccl_group = dist.new_group(backend="nccl", timeout=wait)
+    connected = threading.Event()
+    threading.Thread(target=exit_unless, args=(connected,), daemon=True).start()
+    try:
+        # This connects. NCCL's memory is then allocated before training's is measured.
+        add_up(torch.zeros((), device="cuda"))
+        torch.cuda.synchronize()
+    finally:
+        connected.set()
+
+
+def exit_unless(connected):
+    """Ends the program if an Event is not set in time. The first process tells, and torchrun then
+    ends the others; they wait a little longer."""
+    rank, _ = rank_and_count()
+    if not connected.wait(Links.timeout + 5 * (rank > 0)):
+        what = f"process {rank} could not connect the GPUs within {Links.timeout} s"
+        commands.ErrorOutput().write(f"train.py: error: {what}; NCCL_DEBUG=INFO tells more\n")
+        os._exit(2)
 
 
 def store_of_attempt(store, rank, count, timeout):
@@ -184,65 +200,6 @@ def check_shared(directory, found):
             raise ValueError(f"--output-dir {directory}: {what}; {advice}")
 
 
-# Windows lacks SIGHUP and SIGUSR1.
-STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-SAVING = getattr(signal, "SIGUSR1", None)
-
-
-class Signals:
-    """Remembers what arrives, so that the loop can answer after its update.
-
-    The first SIGINT, SIGTERM or SIGHUP (the terminal was closed) means: save and stop. SIGUSR1
-    means: save and go on. Slurm can send it before a job's time is over.
-    """
-
-    def __init__(self):
-        self.stop = self.save = Links.stopped = 0  # the number of the signal; 0: none came
-        for number in STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, self.receive_stop)
-        if SAVING:
-            signal.signal(SAVING, self.receive_save)
-
-    def receive_save(self, number, frame):
-        self.save = number
-
-    def receive_stop(self, number, frame):
-        """The first signal is remembered. A second one ends the program at once; with several
-        processes it is ignored, because torchrun sends them the same signal again."""
-        rank, count = rank_and_count()
-        self.stop = Links.stopped = number
-        for each in STOPPING:
-            if signal.getsignal(each) == self.receive_stop:
-                signal.signal(each, signal.SIG_IGN if count > 1 else signal.SIG_DFL)
-        if rank == 0:
-            again = "; a second signal stops at once" if count == 1 else ""
-            what = "stopping after this update (or after this evaluation and one update)"
-            with suppress(OSError):  # whoever read stderr may have got the signal too
-                os.write(2, f"\n{what}{again}\n".encode())
-
-    def agreed(self):
-        """→ (the signal to stop, the signal to save) that any process received, 0 for none.
-
-        It waits for the other processes, but for no GPU.
-        """
-        saving, self.save = self.save, 0  # each one is answered once
-        return tuple(map(int, largest([self.stop, saving])))
-
-
-def exit_after_signal(number, step, output_dir):
-    """Ends the program after signal `number`, as soon as all processes call this."""
-    if dist.is_initialized():
-        enter()
-        dist.barrier()  # the first to end makes torchrun end the others
-    continues = f"--resume continues from {output_dir}/checkpoint-{step}"
-    try:
-        print(f"stopped  after update {step}; {continues}", flush=True)
-    except OSError:  # whoever read stdout may have got the signal too
-        commands.discard_output(sys.stdout)
-    sys.exit(128 + number)
-
-
 def close():
     """Ends the connection to the other processes."""
     if dist.is_initialized():
@@ -252,8 +209,8 @@ def close():
 def exit_together(error, program, out_of_memory):
     """commands.exit_with, for one of several processes.
 
-    If several fail, only process 0 tells of its error. The others wait here until torchrun ends
-    them. Process 0 waits too after a RuntimeError, because another process may have caused it.
+    If several fail, only process 0 tells of its error. The others give torchrun 10 s to end them.
+    So does process 0 after a RuntimeError, because another process may have caused it.
     """
     rank, count = rank_and_count()
     if dist.is_torchelastic_launched() and not dist.is_initialized():  # still in `start`
@@ -262,16 +219,20 @@ def exit_together(error, program, out_of_memory):
     text = str(error).lower() if may_come_from_others else ""  # gloo has one class for all errors
     timed_out = "timed out" in text
     is_lost = timed_out or "connection" in text
-    if is_lost and Links.stopped:  # torchrun ends this process, because another one died
-        os._exit(128 + Links.stopped)  # sys.exit could wait for ever for a message on the GPU
     if timed_out and Links.store:
-        name_who_hangs(rank, count, program)
+        with suppress(dist.DistError):  # the store has gone
+            name_who_hangs(rank, count, program)
+    # After a lost connection, sys.exit could wait for ever for a message on the GPU.
+    if is_lost and Links.stopped:  # torchrun ends this process, because another one died
+        os._exit(128 + Links.stopped)
     if rank or may_come_from_others:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's then ends this process
         time.sleep(10)
-    if is_lost:
-        error = ConnectionError("lost the connection to another process, which failed first")
     named = f"{program}: process {rank}" if rank else program
+    if is_lost:
+        what = "lost the connection to another process, which failed first"
+        commands.ErrorOutput().write(f"{named}: error: {what}\n")
+        os._exit(2)
     commands.exit_with(error, named, out_of_memory)
 
 
@@ -297,4 +258,4 @@ def name_who_hangs(rank, count, program):
     advice = "--resume continues from the newest checkpoint; if that was only slow, raise --timeout"
     # A progress bar may stand in this line.
     commands.ErrorOutput().write(f"\n{program}: error: {what}; {advice}\n")
-    os._exit(2)
+    os._exit(2)  # see exit_together

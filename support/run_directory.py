@@ -104,8 +104,10 @@ class RunDirectory:
             with lock:
                 if self.is_writer:
                     self._prepare(checkpoint)
-                yield
-                self.writer.shutdown()
+                try:
+                    yield
+                finally:  # whatever ends the run, its last checkpoint is written whole
+                    self.writer.shutdown()
                 if self.tensorboard:
                     self.tensorboard.close()
         except OSError as error:

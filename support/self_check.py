@@ -9,6 +9,7 @@ nothing of what was merged and written is used.
 import json
 import subprocess
 import sys
+import threading
 import urllib.request
 import weakref
 from importlib.metadata import version
@@ -38,6 +39,7 @@ CONVERSATIONS = (
 )
 NEW_TOKENS = 16  # of each greedy answer
 TOP = 20  # log-probabilities of so many tokens are compared at each step
+PATIENCE = 600  # seconds that llama.cpp may take to start, and for one answer
 UNLIKELY = -10  # what both sides find less likely than exp(-10) is not compared
 # How much a log-probability may differ: what rounding to the type gives, with room. In fp32 only
 # the order of sums differs. Rounding moves random weights' answers most: those of the 6B shape
@@ -155,7 +157,10 @@ class LlamaCppReader:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.server = subprocess.Popen(command, cwd=ROOT, encoding="utf-8", **pipes)
         self.kill = weakref.finalize(self, _kill, self.server)
+        alarm = threading.Timer(PATIENCE, self.server.kill)
+        alarm.start()
         self.address = self.server.stdout.readline().strip()
+        alarm.cancel()
         if not self.address.startswith("http"):
             raise Differs(f"{self.name}: {self.address or 'it has ended without a word'}")
 
@@ -169,7 +174,7 @@ class LlamaCppReader:
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with no_proxy.open(request) as answer:
+            with no_proxy.open(request, timeout=PATIENCE) as answer:
                 return json.loads(answer.read())
         except OSError as error:
             raise Differs(f"{self.name}: {error}") from error

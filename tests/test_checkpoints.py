@@ -29,6 +29,7 @@ from conftest import (
 )
 
 import model as chatglm
+import train
 from support import run_directory
 from support.checkpoints import (
     ADAPTER,
@@ -95,8 +96,8 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device,
             time.sleep(moments.uniform(0, until_first + 0.9 * rest))
         elif kill % 2:  # while the first checkpoint is written, or a later one
             wait_for(lambda: kill % 4 == 1 or list_checkpoints(directory), process)  # noqa: B023
-            wait_for(lambda: list(directory.glob("*.part")), process)  # noqa: B023
-            time.sleep(moments.uniform(0, 0.02) if kill % 8 > 4 else 0)
+            wait_for(lambda: list(directory.glob("checkpoint-*.part")), process)  # noqa: B023
+            time.sleep(moments.uniform(0, 0.02) if kill % 4 == 3 else 0)
         else:
             wait_for(lambda: list_checkpoints(directory), process)  # noqa: B023
             time.sleep(moments.uniform(0, 0.9 * rest))
@@ -206,6 +207,27 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory, "write_checkpoint", write_checkpoint)
     train_main(*SHORT, out, "--resume", "--keep-checkpoints", 1, "--save-steps", 1)
     assert intact == [["checkpoint-5"], ["checkpoint-6"]]
+
+
+def test_a_run_that_fails_still_finishes_its_last_checkpoint(tmp_path, monkeypatch):
+    """When another process dies, os._exit ends this one, which waits for no thread."""
+    out, plain, seed = tmp_path / "out", run_directory.write_checkpoint, train.seed_dropout
+
+    def write_slowly(*arguments):
+        time.sleep(0.5)
+        assert (out / LOCK).exists()
+        plain(*arguments)
+
+    def fail_later(run_seed, step):
+        if step == 2:
+            raise RuntimeError("a bug")
+        seed(run_seed, step)
+
+    monkeypatch.setattr(run_directory, "write_checkpoint", write_slowly)
+    monkeypatch.setattr(train, "seed_dropout", fail_later)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_main(*SHORT, out)
+    assert names(list_checkpoints(out)) == ["checkpoint-2"] and not (out / LOCK).exists()
 
 
 # --- what --resume takes ----------------------------------------------------------------------

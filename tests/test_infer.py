@@ -543,7 +543,6 @@ def test_a_user_s_mistake_is_one_clear_line(tmp_path, monkeypatch, capsys, argum
         (["--merge-to", "d", "--load-in", "4bit"], "a quantised base can't be merged"),
         (["--gguf-adapter", "d", "--no-adapter"], "--gguf-adapter needs an adapter"),
         (["--gguf", "d", "--load-in", "4bit"], "--gguf: a quantised base can't be merged"),
-        (["--gguf", "d", "--device", "cuda"], "--gguf runs on the CPU; no --device"),
         (["--gguf", "d", "--dtype", "fp16"], "--gguf: its type is that of --gguf-type"),
         (["--gguf", ""], "argument --gguf: it is empty"),
         (["--gguf-type", "q8_0"], "--gguf-type needs --gguf"),

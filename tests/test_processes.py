@@ -319,13 +319,20 @@ def test_processes_that_differ_are_told(monkeypatch):
 # --- how they fail ----------------------------------------------------------------------------
 
 
+class ExitNow(BaseException):
+    """os._exit was called."""
+
+    def __init__(self, code):
+        self.code = code
+
+
 @pytest.fixture
 def pretend(monkeypatch):
     """pretend(rank, count): this is one of several processes. → a list of what it then does"""
     done = []
 
-    def exit_now(code):
-        raise SystemExit(code)
+    def exit_now(code):  # not SystemExit, which sys.exit raises
+        raise ExitNow(code)
 
     def pretend(rank, count):
         monkeypatch.setattr(processes, "rank_and_count", lambda: (rank, count))
@@ -341,9 +348,9 @@ def pretend(monkeypatch):
 WAITS = [(signal.SIGTERM, signal.SIG_DFL), 10]  # until torchrun ends it
 
 
-def last_line(capsys, error):
+def last_line(capsys, error, ends=SystemExit):
     """→ the one line that is told of an error. The exit code is 2."""
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ends) as stop:
         processes.exit_together(error, "train.py", "take less")
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
@@ -367,7 +374,7 @@ LOST = "[../pair.cc:534] Connection closed by peer [127.0.0.1]:2187"
 def test_a_lost_connection_is_told_in_one_line_if_nobody_else_tells(pretend, capsys, rank, name):
     done = pretend(rank, 2)
     what = "lost the connection to another process, which failed first"
-    assert last_line(capsys, RuntimeError(LOST)) == f"{name}: error: {what}"
+    assert last_line(capsys, RuntimeError(LOST), ExitNow) == f"{name}: error: {what}"
     assert done == WAITS
 
 
@@ -422,7 +429,7 @@ def test_the_first_process_that_notices_names_those_that_hang(
     late, capsys, entered, waiting, silent
 ):
     done = late(entered, waiting)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ExitNow) as stop:
         processes.exit_together(RuntimeError(LATE), "train.py", "")
     told = capsys.readouterr().err
     what = f"no answer from process {silent} for 60 s"
@@ -436,27 +443,60 @@ def test_the_other_processes_that_notice_are_silent_until_they_are_ended(late, c
     done = late([5, 5, 4], [0])
     store.add("told", 1)  # another one did
     what = "lost the connection to another process, which failed first"
-    assert last_line(capsys, RuntimeError(LATE)) == f"train.py: process 1: error: {what}"
+    told = last_line(capsys, RuntimeError(LATE), ExitNow)
+    assert told == f"train.py: process 1: error: {what}"
     assert done == WAITS and store.check(["waits 1"])
 
 
-def test_gpus_that_never_get_connected_are_told_of(late, monkeypatch, capsys):
+def test_a_store_that_has_gone_hides_no_lost_connection(late, monkeypatch, capsys):
+    late([5, 5, 4], [])
+    monkeypatch.setattr(processes, "name_who_hangs", mock.Mock(side_effect=dist.DistNetworkError))
+    assert "lost the connection" in last_line(capsys, RuntimeError(LATE), ExitNow)
+
+
+@pytest.fixture
+def connect(pretend, monkeypatch):
+    """connect(add_up) calls connect_gpus, in process 0 of 2. → an event: the program was ended"""
+
+    def connect(add_up):
+        pretend(0, 2)
+        ended = threading.Event()
+        monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+        monkeypatch.setattr(processes, "Links", SimpleNamespace(timeout=0.2))
+        monkeypatch.setattr(processes, "gather", lambda value: None)
+        monkeypatch.setattr(processes.dist, "new_group", lambda **options: None)
+        monkeypatch.setattr(processes, "add_up", lambda tensor: add_up(ended))
+        monkeypatch.setattr(processes, "torch", mock.MagicMock())  # instead of tensors on a GPU
+        monkeypatch.setenv("NCCL_RUNTIME_CONNECT", "")
+        monkeypatch.delenv("NCCL_RUNTIME_CONNECT")
+        with contextlib.suppress(dist.DistBackendError):
+            processes.connect_gpus()
+        assert os.environ["NCCL_RUNTIME_CONNECT"] == "0"
+        return ended
+
+    return connect
+
+
+def test_gpus_that_never_get_connected_are_told_of(connect, capsys):
     """NCCL waits for ever then, and no error is raised."""
-    late([1, 1, 0], [])
-    ended = threading.Event()
-    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
-    monkeypatch.setattr(processes.dist, "new_group", lambda **options: None)
-    monkeypatch.setattr(processes, "add_up", lambda tensor: ended.wait(20))
-    monkeypatch.setattr(processes, "torch", mock.MagicMock())  # instead of tensors on a GPU
-    processes.connect_gpus(1, 3, timeout=0.1)
-    assert ended.is_set() and "no answer from process 2 for 60 s" in capsys.readouterr().err
+    assert connect(lambda ended: ended.wait(20)).is_set()
+    told = capsys.readouterr().err
+    assert told.startswith("train.py: error: process 0 could not connect the GPUs within 0.2 s; ")
+
+
+def test_gpus_that_are_connected_are_no_longer_waited_for(connect, capsys):
+    assert not connect(lambda ended: None).wait(1)
+
+
+def test_an_error_while_gpus_are_connected_ends_the_waiting(connect, capsys):
+    assert not connect(mock.Mock(side_effect=dist.DistBackendError)).wait(1)
 
 
 def test_a_process_that_torchrun_ends_is_silent(late, capsys):
     """Another one died. torchrun has sent SIGTERM already, which the loop remembered."""
     done = late([5, 5, 5], [])
     processes.Links.stopped = signal.SIGTERM
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ExitNow) as stop:
         processes.exit_together(RuntimeError(LOST), "train.py", "")
     assert stop.value.code == 143 and capsys.readouterr().err == "" and done == []
 

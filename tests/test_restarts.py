@@ -2,7 +2,7 @@
 
 CHATGLM3_KILLS=10 python -m pytest -q tests/test_restarts.py    # more kills, and four processes
 
-Where there are two GPUs, their processes are killed too.
+With two GPUs, processes on GPUs are killed too.
 """
 
 import itertools
@@ -86,7 +86,8 @@ def test_workers_that_die_or_hang_cost_nothing(tmp_path, start, device, count):
     if device == "cuda" and torch.cuda.device_count() < count:
         pytest.skip(f"needs {count} CUDA devices")
     kills = KILLS or 1
-    flags = ["--device", device, "--max-steps", 12 * (kills + 1), "--timeout", 10]
+    timeout = 30 if device == "cuda" else 10  # NCCL takes some seconds to connect
+    flags = ["--device", device, "--max-steps", 12 * (kills + 1), "--timeout", timeout]
     undisturbed = tmp_path / "undisturbed"
     for process in start_several(start, count, *FLAGS, *flags, "--output-dir", undisturbed):
         finish(process)
@@ -101,9 +102,11 @@ def test_workers_that_die_or_hang_cost_nothing(tmp_path, start, device, count):
     job.wait_until("training")
     os.kill(workers[rank], signal.SIGSTOP)
     started = time.monotonic()
-    wanted = f"train.py: error: no answer from process {rank} for 10 s; --resume continues from"
+    wanted = (
+        f"train.py: error: no answer from process {rank} for {timeout} s; --resume continues from"
+    )
     job.wait_for(lambda: wanted in job.log.read_text())
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < timeout + 10
     os.kill(workers[rank], signal.SIGCONT)  # else torchrun waits for half a minute
     assert job.finish().count("no answer from process") == 1
     job.workers(kills + 1)  # so many attempts there were
