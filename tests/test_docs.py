@@ -20,7 +20,7 @@ import infer
 import train
 from support import curves
 from support.config import SAMPLE
-from support.processes import STOPPING
+from support.signals import STOPPING
 
 DOCUMENT = (ROOT / "docs" / "data.md").read_text("utf-8")
 EXAMPLES = {  # title: (kind of file, content)
