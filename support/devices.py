@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from support.config import DTYPES
-from support.errors import printable
+from support.errors import one_line, printable
 
 
 def find_device(wanted):
@@ -46,16 +46,28 @@ def dtype_of(device, name):
     return DTYPES[("fp16" if device == "cuda" else "fp32") if name == "auto" else name]
 
 
+def multiply_float8(device):
+    """A small product with one scale a row, which older versions of torch can't make everywhere."""
+    q, scale = torch.zeros(32, 32, device=device), torch.ones(32, 1, device=device)
+    q = q.to(torch.float8_e4m3fn)
+    return torch._scaled_mm(q, q.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+
+
 def check_float8(device):
     """Raises ValueError if the device can't multiply float8 matrices. A CPU can, slowly."""
-    if device == "cpu":
-        return
-    if device != "cuda":
+    if device not in ("cpu", "cuda"):
         raise ValueError(f"--load-in fp8 needs --device cuda or cpu, not {device}")
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (8, 9)
     if (major, minor) < (8, 9):
         needs = "--load-in fp8 needs a card of compute capability 8.9 or more"
         raise ValueError(f"{needs}, and this one has {major}.{minor}; use --load-in 4bit")
+    try:
+        multiply_float8(device)
+    except RuntimeError as error:
+        what = f"torch {torch.__version__} can't multiply float8 matrices on this {device}"
+        raise ValueError(
+            f"--load-in fp8: {what} ({one_line(error)}); use --load-in 4bit"
+        ) from error
 
 
 @torch.compiler.assume_constant_result  # compiled code asks once

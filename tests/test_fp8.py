@@ -158,7 +158,18 @@ def test_a_card_without_float8_is_refused(monkeypatch, capability):
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)], ids=str)
 def test_a_card_with_float8_is_taken(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(devices, "multiply_float8", lambda device: None)
     devices.check_float8("cuda")
+
+
+def test_a_torch_without_this_product_is_told(monkeypatch):
+    def refuse(*arguments, **options):
+        raise RuntimeError("only per-tensor scaling\nException raised from …")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    what = r"can't multiply float8 matrices on this cpu \(RuntimeError: only per-tensor scaling\); use --load-in"
+    with pytest.raises(ValueError, match=what):
+        devices.check_float8("cpu")
 
 
 def test_the_weights_are_frozen():
