@@ -109,8 +109,9 @@ def answer_all(assistant, todo, output, batch_size):
     ValueError for records that are too long, before any is answered.
     """
     jobs = sorted(_encode(assistant, todo.records), key=lambda job: len(job[0]))
-    if not todo.records:
-        print("(all records were answered before)", file=sys.stderr)
+    if todo.done:
+        kept = f"{todo.done} answers in {output} are kept; for new ones, give another --output"
+        print(f"({kept})", file=sys.stderr)
     if todo.unread:
         print(f"({todo.unread})", file=sys.stderr)
     cut = 0  # answers

@@ -35,7 +35,7 @@ def as_text(records):
 # --- a batch that is stopped goes on ----------------------------------------------------------
 
 
-def test_a_batch_is_killed_and_run_again(trained, tmp_path):
+def test_a_batch_is_killed_and_run_again(trained, tmp_path, capsys):
     adapter, device = trained
     out = tmp_path / "out.jsonl"
     flags = ["--adapter", adapter, "--device", device, "--greedy", "--input", SAMPLE]
@@ -59,6 +59,8 @@ def test_a_batch_is_killed_and_run_again(trained, tmp_path):
     with open(out, "ab") as file:
         file.write('{"instruction": "你'.encode()[:-1])  # as if it was killed while it wrote
     infer.main([*common, str(out)])
+    kept = f"({before.count(10)} answers in {out} are kept; for new ones, give another --output)"
+    assert kept in capsys.readouterr().err
     assert out.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     # Nothing is lost, nothing is there twice, and the size of a batch makes no difference.
     assert as_text(read_jsonl(out)) == as_text(wanted)

@@ -167,7 +167,7 @@ def test_a_torch_without_this_product_is_told(monkeypatch):
         raise RuntimeError("only per-tensor scaling\nException raised from …")
 
     monkeypatch.setattr(torch, "_scaled_mm", refuse)
-    what = r"can't multiply float8 matrices on this cpu \(RuntimeError: only per-tensor scaling\); use --load-in"
+    what = r"can't multiply float8 matrices on this cpu \(RuntimeError: only per-tensor scaling\); "
     with pytest.raises(ValueError, match=what):
         devices.check_float8("cpu")
 
