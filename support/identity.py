@@ -92,7 +92,8 @@ def check_same_run(checkpoint, identity):
         told = []
         for name in changed:
             was, now = printable(str(old.get(name))), printable(str(new[name]))
-            told.append(name if name in DIGESTS else f"{name} was {was}, is {now}")
+            differs = "has other content" if name in DIGESTS else f"was {was}, is {now}"
+            told.append(f"{name} {differs}")
         what = f"is of a run with other settings: {'; '.join(told)}"
         advice = f"a new run can start from it with --init-adapter {shlex.quote(str(checkpoint))}, "
         advice += "another --output-dir, and no flag of LoRA"

@@ -159,7 +159,8 @@ def report_result(run):
     with suppress(ValueError):  # Windows: on another drive
         infer = os.path.relpath(infer)
     adapter = "" if saved == ADAPTER_DIR else f" --adapter {shlex.quote(saved)}"
-    print(f'         python {infer}{adapter} --prompt "你是谁？"')
+    load_in = f" --load-in {run.args.load_in}" if run.args.load_in else ""
+    print(f'         python {infer}{adapter}{load_in} --prompt "你是谁？"')
 
 
 def report_evaluation(dataset, loss, seconds):

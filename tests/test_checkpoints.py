@@ -259,7 +259,7 @@ def test_a_named_checkpoint_and_another_split_of_the_update(cut, done, capsys):
             "--seed was 42, is 1; --lora-dropout was 0.0, is 0.5",
         ),
         (["--dtype", "bf16"], "--dtype was float32, is bfloat16"),
-        (["--data", "other.jsonl"], "other settings: --data;"),
+        (["--data", "other.jsonl"], "other settings: --data has other content;"),
     ],
 )
 def test_a_run_with_other_settings_is_refused(cut, monkeypatch, capsys, flags, message):
@@ -293,7 +293,9 @@ def test_another_base_is_refused(cut, tmp_path, capsys):
         values = built_in if isinstance(built_in, list) else [built_in]
         flags += [f"--{name.replace('_', '-')}", *values]
     told = refused(capsys, *SHORT, cut, "--resume", "--model", base, *flags)
-    assert "other settings: --model; give those, or --overwrite starts over" in told
+    assert (
+        "other settings: --model has other content; give those, or --overwrite starts over" in told
+    )
 
 
 @pytest.mark.parametrize("name", [*ADAPTER, *STATE, "SHA256SUMS"])

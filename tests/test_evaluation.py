@@ -249,7 +249,7 @@ def test_a_run_out_of_patience_has_nothing_left_to_do(early, capsys):
     told = capsys.readouterr().out
     assert "there was nothing left to do" in told and what in told
     told = refused(capsys, *arguments, "--eval-data", "train.jsonl", "--eval-steps", 3)
-    assert "with other settings: --eval-steps was 2, is 3; --eval-data;" in told
+    assert "with other settings: --eval-steps was 2, is 3; --eval-data has other content;" in told
     assert contents(directory) == before
 
 

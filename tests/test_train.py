@@ -455,11 +455,12 @@ def test_a_system_message_computed_once_or_in_each_sample(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("device", CPU_AND_CUDA)
 @pytest.mark.parametrize("load_in", ["4bit", "fp8"])
-def test_a_quantised_base_trains_saves_and_answers(tmp_path, load_in, device):
+def test_a_quantised_base_trains_saves_and_answers(tmp_path, capsys, load_in, device):
     if load_in == "4bit":
         pytest.importorskip("bitsandbytes", reason="needs requirements-quantization.txt")
     losses, _ = run_training(tmp_path, "--load-in", load_in, device=device)
     assert losses[-1] < losses[0] - 1
+    assert f" --adapter {tmp_path} --load-in {load_in} --prompt " in capsys.readouterr().out
     flags = ["--prompt", "q", "--adapter", tmp_path, "--device", device, "--load-in", load_in]
     args = infer.parse_args([str(flag) for flag in flags])
     # The base is known again, though its matrices are quantised.
