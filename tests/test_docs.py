@@ -149,7 +149,7 @@ def test_its_commands_run(section, tmp_path, monkeypatch, small_run, start, own_
     text, commands = SECTIONS[section], commands_of(SECTIONS[section])
     if not any("train.py" in command.words for command in commands):
         shutil.copytree(small_run, "output/ChatGLM")
-    shutil.copytree(small_run, "output/other")
+        shutil.copytree(small_run, "output/zhenhuan")
     for words, needs in commands:
         words = [word for word in words if not ENVIRONMENT.match(word)]
         words = words[1:] if words[0] == "srun" else words
