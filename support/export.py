@@ -14,15 +14,12 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from support import layouts, self_check
-from support.bases import base_file, check_finite, own_dtype, zero_if_finite
-from support.config import DTYPES, dtype_name
+from support.bases import base_file, check_finite, own_dtype
+from support.config import DTYPES
 from support.errors import one_line
 from support.files import as_json, delete, nearest_existing, read_json, write_files
 from support.merging import MergedModel
@@ -30,7 +27,6 @@ from support.ollama import modelfile_text
 from support.self_check import LIMITS, LlamaCppReader, TransformersReader
 from support.tokenizer_files import CHAT_TEMPLATE, tokenizer_files
 
-SHARD = "2GB"  # about the official size
 # The file's own template; and an answer is a text: llama.cpp can't parse ChatGLM3's calls.
 LLAMA_FLAGS = "--jinja --skip-chat-parsing"
 # The code that stands beside the official weights. It is copied, and never run.
@@ -153,12 +149,11 @@ class Export:
         is_glm = self.args.layout == "glm"
         name = own_dtype(self.model.name_or_path) if self.args.dtype == "auto" else self.args.dtype
         dtype = DTYPES["fp32" if name == "auto" else name]
-        targets = (layouts.glm_tensors if is_glm else layouts.official_tensors)(self.model)
-        size = dtype.itemsize * sum(math.prod(target.shape) for target in targets.values())
+        targets, size = self.targets(dtype, is_glm)
         with written_whole(path, size, is_directory=True) as part:
             write_files(part, self.small_files(dtype, is_glm))
             with progress_bar(size, "writing") as progress:
-                write_shards(part, targets, dtype, progress)
+                layouts.write_shards(part, targets, dtype, progress)
             for file in part.glob("*.safetensors"):  # which only the owner may read
                 shutil.copymode(part / "config.json", file)
             if not self.args.no_check:
@@ -172,6 +167,11 @@ class Export:
                 shown = shlex.quote(self.system) if self.system.isprintable() else "…"
                 hint += f" --system {shown}"
             print(f"         python infer.py {hint}")
+
+    def targets(self, dtype, is_glm):
+        """→ ({name: Target}, their size in bytes)"""
+        targets = (layouts.glm_tensors if is_glm else layouts.official_tensors)(self.model)
+        return targets, dtype.itemsize * sum(math.prod(each.shape) for each in targets.values())
 
     def small_files(self, dtype, is_glm):
         """→ {name: bytes} of all files but the weights"""
@@ -203,6 +203,16 @@ class Export:
         except Exception as error:  # whatever a damaged directory makes the readers raise
             raise ValueError(f"{path}: transformers can't open it: {one_line(error)}") from error
         self.compare(reader, LIMITS[dtype])
+        self.check_files(path, DTYPES[dtype], is_glm=network is None)
+
+    def check_files(self, path, dtype, is_glm):
+        for name, content in self.small_files(dtype, is_glm).items():
+            if not (path / name).exists() or (path / name).read_bytes() != content:
+                raise ValueError(f"{path}: {name} is not what base and adapter give")
+        targets, size = self.targets(dtype, is_glm)
+        with progress_bar(size, "checking") as progress:
+            layouts.compare_tensors(path, targets, dtype, progress)
+        print(f"checked  {len(targets)} tensors, the vocabulary and the settings")
 
     def compare(self, reader, limit):
         if not self.prompts:
@@ -224,12 +234,13 @@ class Export:
         tokenizer_files(self.tokenizer, context)  # refuses a vocabulary that llama.cpp can't hold
         file = gguf.ModelFile(self.model, self.tokenizer, CHAT_TEMPLATE, self.args.gguf_type)
         size = sum(file.sizes.values())
-        with written_whole(path, size) as part, written_whole(modelfile_path(path)) as modelfile:
-            modelfile.write_text(modelfile_text(path.name, self.system, context), "utf-8")
+        with written_whole(path, size) as part:
             with progress_bar(size, "writing") as progress:
                 file.write(part, progress)
             if not self.args.no_check:
                 self.check_gguf(part, path)
+            with written_whole(modelfile_path(path)) as modelfile:
+                modelfile.write_text(modelfile_text(path.name, self.system, context), "utf-8")
         print(f"saved    {path}, and {modelfile_path(path).name}, in {self.seconds()}; try it:")
         print(f"         llama-server {LLAMA_FLAGS} -m {shlex.quote(str(path))}")
         print(f"         ollama create NAME -f {shlex.quote(str(modelfile_path(path)))}")
@@ -268,27 +279,3 @@ class Export:
                 self.check_gguf(part, path)
         print(f"saved    {path}; try it beside a GGUF file of the base:")
         print(f"         llama-server {LLAMA_FLAGS} -m BASE.gguf --lora {shlex.quote(str(path))}")
-
-
-def write_shards(directory, targets, dtype, progress):
-    """Writes {name: Target} as safetensors files of at most SHARD, with an index if it has several.
-
-    progress(n) is called after n more bytes. Raises ValueError for a number too large for `dtype`.
-    """
-    empty = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in targets.items()}
-    pattern = "model{suffix}.safetensors"
-    split = split_torch_state_dict_into_shards(
-        empty, max_shard_size=SHARD, filename_pattern=pattern
-    )
-    for file, names in split.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            shard[name] = targets[name].read().to(dtype, copy=True).contiguous()
-            if zero_if_finite(shard[name]) != 0:
-                what = f"{name} has numbers too large for {dtype_name(dtype)}"
-                raise ValueError(f"{what}; give --dtype fp32")
-            progress(shard[name].nbytes)
-        save_file(shard, directory / file, {"format": "pt"})
-    if split.is_sharded:
-        index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
-        (directory / "model.safetensors.index.json").write_bytes(as_json(index))

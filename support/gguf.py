@@ -238,6 +238,8 @@ def lora_tensors(model):
     GGUF adapter can't hold.
     """
     merge = "a GGUF adapter can't hold that; give --gguf FILE, which merges it"
+    if not model.lora and not model.replaced:
+        raise ValueError("it can't be compared without an adapter; give --adapter")
     if model.replaced:
         raise ValueError(f"the adapter replaces {next(iter(model.replaced))}: {merge}")
     first = next(iter(model.lora.values()))

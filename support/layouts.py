@@ -9,10 +9,17 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from transformers import GlmConfig, GlmForCausalLM
 
+from support.bases import zero_if_finite
 from support.config import FIXED, dtype_name
-from support.merging import INV_FREQ
+from support.errors import first_few
+from support.files import as_json
+from support.merging import INV_FREQ, CheckpointTensors
+
+SHARD = "2GB"  # about the official size
 
 
 class Target(NamedTuple):
@@ -131,3 +138,42 @@ def as_glm(model, dtype, device="cpu"):
     with torch.device(device):  # its buffers are in no file
         network.model.rotary_emb = type(network.model.rotary_emb)(config)
     return network.eval()
+
+
+def write_shards(directory, targets, dtype, progress):
+    """Writes {name: Target} as safetensors files of at most SHARD, with an index if it has several.
+
+    progress(n) is called after n more bytes. Raises ValueError for a number too large for `dtype`.
+    """
+    empty = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in targets.items()}
+    pattern = "model{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(
+        empty, max_shard_size=SHARD, filename_pattern=pattern
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            shard[name] = targets[name].read().to(dtype, copy=True).contiguous()
+            if zero_if_finite(shard[name]) != 0:
+                what = f"{name} has numbers too large for {dtype_name(dtype)}"
+                raise ValueError(f"{what}; give --dtype fp32")
+            progress(shard[name].nbytes)
+        save_file(shard, directory / file, {"format": "pt"})
+    if split.is_sharded:
+        index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
+        (directory / "model.safetensors.index.json").write_bytes(as_json(index))
+
+
+def compare_tensors(directory, targets, dtype, progress):
+    """Raises ValueError if the files don't hold exactly these tensors, {name: Target}.
+
+    progress(n) is called after n more bytes.
+    """
+    found = CheckpointTensors(directory)
+    if wrong := sorted(found.shapes().keys() ^ targets.keys()):
+        raise ValueError(f"{directory}: tensors are missing or unknown: {first_few(wrong)}")
+    for name, target in targets.items():
+        wanted = target.read().to(dtype)
+        if not torch.equal(found[name].to(dtype), wanted):
+            raise ValueError(f"{directory}: {name} is not what base and adapter give")
+        progress(wanted.nbytes)

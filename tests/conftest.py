@@ -28,7 +28,7 @@ import data
 import infer
 import model as chatglm
 import train
-from support import bases, export, layouts
+from support import bases, layouts
 from support.checkpoints import STATE, list_checkpoints
 from support.config import SAMPLE
 from support.files import as_json, read_json, write_files
@@ -147,7 +147,7 @@ def write_layout(directory, base, adapter=None, layout="official", dtype=torch.f
         targets = layouts.official_tensors(model)
         config = layouts.official_config(model.config, given, dtype)
     write_files(directory, {"config.json": as_json(config)})
-    export.write_shards(directory, targets, dtype, lambda count: None)
+    layouts.write_shards(directory, targets, dtype, lambda count: None)
     return model
 
 

@@ -48,7 +48,7 @@ def exported(directory, name, layout="official", dtype=torch.float32):
 def test_an_official_export_gives_the_adapter_s_logits(golden, tmp_path, monkeypatch):
     """In fp32 to 1e-5 of their norm. In fp16, the merged weights are rounded: to 1e-3."""
     directory, expected = golden
-    monkeypatch.setattr(export, "SHARD", "100KB")
+    monkeypatch.setattr(layouts, "SHARD", "100KB")
     ids, wanted = expected["input_ids"], expected["adapter_logits"]
     exported(tmp_path / "fp32", directory.name)
     write_layout(tmp_path / "base", directory, dtype=torch.float16)
@@ -77,7 +77,7 @@ def test_merged_weights_are_rounded_once(tmp_path):
 
 
 def test_the_official_layout(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "SHARD", "100KB")
+    monkeypatch.setattr(layouts, "SHARD", "100KB")
     exported(tmp_path / "m", "tiny", dtype=torch.float16)
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())["weight_map"]
     official = load_file(FIXTURES / "tiny" / "model.safetensors")
@@ -347,14 +347,22 @@ def test_the_check_can_be_made_later(tmp_path, capsys):
     assert "checked" not in capsys.readouterr().out
     infer.main([*arguments, "--check", str(tmp_path / "m")])
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 3 and told[0].startswith("checked  with transformers")
+    assert len(told) == 4 and told[0].startswith("checked  with transformers")
     assert re.fullmatch(r" +(\d+) of \1 greedy tokens are equal", told[2]), told
+    assert told[3] == "checked  32 tensors, the vocabulary and the settings"
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors["transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"] *= 1.1
     save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit):
         infer.main([*arguments, "--check", str(tmp_path / "m")])
     assert "log-probabilities differ" in capsys.readouterr().err
+    tensors["transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"] /= 1.1
+    tensors["transformer.embedding.word_embeddings.weight"][1400] += 1  # of no prompt
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit):
+        infer.main([*arguments, "--check", str(tmp_path / "m")])
+    wanted = "m: transformer.embedding.word_embeddings.weight is not what base and adapter give"
+    assert wanted in capsys.readouterr().err
     for name, message in (
         ("none", "there is nothing to check"),
         ("a", "a: no model here: it has no config.json"),

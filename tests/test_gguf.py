@@ -214,6 +214,14 @@ def test_what_a_gguf_adapter_cannot_hold_is_refused(tmp_path, capsys, kind, mess
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_gguf_adapter_is_not_checked_without_an_adapter(tmp_path):
+    base = chatglm.load_model(chatglm.built_in_model(), "cpu")
+    chatglm.save_adapter(with_random_lora(base), tmp_path / "a")
+    gguf.write_adapter(tmp_path / "a.gguf", merged_model(chatglm.BUILT_IN, tmp_path / "a"))
+    with pytest.raises(ValueError, match="can't be compared without an adapter; give --adapter"):
+        gguf.check_adapter(tmp_path / "a.gguf", merged_model(chatglm.BUILT_IN))
+
+
 # --- types ------------------------------------------------------------------------------------
 
 
