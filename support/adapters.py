@@ -61,13 +61,13 @@ def check_whole(modules, names):
 
 
 def check_targets(model, target_modules, modules_to_save, dora=False):
-    """Raises ValueError for a name that no module has, for a target that is no linear layer or is
-    trained whole, and for what can't be trained because --load-in has quantised it."""
+    """Raises ValueError for a name that no module has, for a target that is no linear layer, for
+    what --load-in has quantised and can't be trained, and if all targets are trained whole."""
     if dora:
         check_dora(model)
     modules = {name: module for name, module in model.named_modules() if name}
     is_pattern = isinstance(target_modules, str)
-    targets, whole = [target_modules] if is_pattern else target_modules, []
+    targets, whole, adapted = [target_modules] if is_pattern else target_modules, [], []
     for wanted in [*modules_to_save, *targets]:
         try:
             if is_pattern and wanted is target_modules:
@@ -75,8 +75,7 @@ def check_targets(model, target_modules, modules_to_save, dora=False):
             else:
                 found = [name for name in modules if f".{name}".endswith(f".{wanted}")]
         except re.error as error:
-            what = f"target modules {wanted!r} is not a regular expression"
-            raise ValueError(f"{what}: {error}") from error
+            raise ValueError(f"{wanted!r} is not a regular expression: {error}") from error
         if not found:
             names = {name.rpartition(".")[2] for name in modules if not name[-1].isdigit()}
             close = difflib.get_close_matches(wanted, names, n=1)
@@ -89,8 +88,9 @@ def check_targets(model, target_modules, modules_to_save, dora=False):
         for name in found if wanted in targets else ():
             if not isinstance(modules[name], nn.Linear | nn.Embedding):
                 raise ValueError(f"target modules {wanted!r}: {name} is no linear layer")
-        if wanted in targets and all(f"{name}.".startswith(tuple(whole)) for name in found):
-            raise ValueError(f"{wanted!r} gets no LoRA if --modules-to-save trains it whole")
+            adapted += [] if f"{name}.".startswith(tuple(whole)) else [name]
+    if not adapted:
+        raise ValueError("no layer gets LoRA: --modules-to-save trains all targets whole")
 
 
 def adapter_tensors(peft_model):

@@ -74,7 +74,7 @@ def at_most(seconds):
         (["query_key_value", "input_layernorm"], [], "input_layernorm is no linear layer"),
         (["query_key_value"], [""], "no module of the model is named ''; there are: dense"),
         ("", [], "no module of the model is named ''; there are: dense"),
-        (["query_key_value", "dense_h_to_4h"], ["mlp"], "'dense_h_to_4h' gets no LoRA if"),
+        (["dense", "query_key_value"], ["self_attention"], "no layer gets LoRA: --modules-to-save"),
     ],
 )
 def test_a_misspelt_target_is_refused(base, targets, whole, message):

@@ -4,6 +4,8 @@ python -m pytest -q tests/test_tools.py
 """
 
 import pytest
+from conftest import ROOT
+from pages import blocks
 
 from support.errors import DataError
 from support.tools import as_text, names_of_tools, tool_call, tools_message
@@ -112,3 +114,11 @@ def test_what_json_has_no_word_for_is_refused(value):
         if make is not tools_message or isinstance(value, list):
             with pytest.raises(DataError, match="NaN or an infinity, which is not JSON"):
                 make(value)
+
+
+def test_the_page_on_serving_lists_tools_as_training_does():
+    text = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    _, code = (code for language, code in blocks(text) if language == "python")
+    shown = {}
+    exec(code, shown)
+    assert shown["messages"][0] == tools_message(shown["tools"])
