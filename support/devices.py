@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend
 
 from support.config import DTYPES
 from support.errors import one_line, printable
+from support.fp8 import quantise, scaled_product
 
 
 def find_device(wanted):
@@ -48,19 +49,17 @@ def dtype_of(device, name):
 
 def multiply_float8(device):
     """A small product with one scale a row, which older versions of torch can't make everywhere."""
-    q, scale = torch.zeros(32, 32, device=device), torch.ones(32, 1, device=device)
-    q = q.to(torch.float8_e4m3fn)
-    return torch._scaled_mm(q, q.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    x = torch.ones(32, 32, device=device)
+    return scaled_product(x, *quantise(x), x.dtype)
 
 
 def check_float8(device):
     """Raises ValueError if the device can't multiply float8 matrices. A CPU can, slowly."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--load-in fp8 needs --device cuda or cpu, not {device}")
-    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (8, 9)
-    if (major, minor) < (8, 9):
+    if device == "cuda" and (found := torch.cuda.get_device_capability()) < (8, 9):
         needs = "--load-in fp8 needs a card of compute capability 8.9 or more"
-        raise ValueError(f"{needs}, and this one has {major}.{minor}; use --load-in 4bit")
+        raise ValueError(f"{needs}, and this one has {found[0]}.{found[1]}; use --load-in 4bit")
     try:
         multiply_float8(device)
     except RuntimeError as error:

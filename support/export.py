@@ -151,7 +151,7 @@ class Export:
         dtype = DTYPES["fp32" if name == "auto" else name]
         targets, size = self.targets(dtype, is_glm)
         with written_whole(path, size, is_directory=True) as part:
-            write_files(part, self.small_files(dtype, is_glm))
+            write_files(part, self.small_files(dtype, is_glm, self.args.with_official_code))
             with progress_bar(size, "writing") as progress:
                 layouts.write_shards(part, targets, dtype, progress)
             for file in part.glob("*.safetensors"):  # which only the owner may read
@@ -173,14 +173,13 @@ class Export:
         targets = (layouts.glm_tensors if is_glm else layouts.official_tensors)(self.model)
         return targets, dtype.itemsize * sum(math.prod(each.shape) for each in targets.values())
 
-    def small_files(self, dtype, is_glm):
+    def small_files(self, dtype, is_glm, with_code):
         """→ {name: bytes} of all files but the weights"""
         base = self.model.name_or_path
         files = tokenizer_files(self.tokenizer, self.model.config.seq_length)
         if is_glm:
             config = layouts.glm_config(self.model.config, dtype, self.tokenizer.stop_ids)
         else:
-            with_code = self.args.with_official_code
             config = read_json(base_file(base, "config.json"))
             for name in ("tokenizer.model", *(OFFICIAL_CODE if with_code else ())):
                 if file := base_file(base, name):
@@ -206,7 +205,8 @@ class Export:
         self.check_files(path, DTYPES[dtype], is_glm=network is None)
 
     def check_files(self, path, dtype, is_glm):
-        for name, content in self.small_files(dtype, is_glm).items():
+        has_code = any((path / name).exists() for name in OFFICIAL_CODE)
+        for name, content in self.small_files(dtype, is_glm, has_code).items():
             if not (path / name).exists() or (path / name).read_bytes() != content:
                 raise ValueError(f"{path}: {name} is not what base and adapter give")
         targets, size = self.targets(dtype, is_glm)

@@ -170,7 +170,7 @@ def compare_tensors(directory, targets, dtype, progress):
     progress(n) is called after n more bytes.
     """
     found = CheckpointTensors(directory)
-    if wrong := sorted(found.shapes().keys() ^ targets.keys()):
+    if wrong := sorted(found.file_of.keys() ^ targets.keys()):
         raise ValueError(f"{directory}: tensors are missing or unknown: {first_few(wrong)}")
     for name, target in targets.items():
         wanted = target.read().to(dtype)

@@ -212,6 +212,7 @@ def test_an_export_says_what_the_adapter_does(trained, tmp_path, capsys):
     assert (tmp_path / "with code" / "tokenization_chatglm.py").exists()
     config = json.loads((tmp_path / "with code" / "config.json").read_text())
     assert config["auto_map"] == {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}
+    infer.main([*common, "--check", str(tmp_path / "with code")])
     capsys.readouterr()
     common = ["--device", device, "--no-adapter", "--model", target]
     infer.main([*common, "--greedy", "--prompt", QUESTION])
