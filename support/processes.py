@@ -65,10 +65,10 @@ def connect_gpus():
     """Makes Links.nccl_group. If that takes longer than --timeout, the program ends with a message.
 
     A call that connects to another GPU waits for its process, and NCCL has no limit for that. So
-    all are connected here. Later calls start a kernel, and the CPU waits in gloo's messages.
+    all are connected here. Later calls only start a kernel: see add_up.
     """
     os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")  # 1: some wait for the first large message
-    gather(None)  # gloo names a process that does not come
+    meet()
     # NCCL's timeout aborts the program without a message. So gloo's has to come first.
     wait = timedelta(seconds=2 * Links.timeout)
     Links.nccl_group = dist.new_group(backend="nccl", timeout=wait)
@@ -146,7 +146,7 @@ def enter():
 
 
 def sum_over_processes(loss, grads):
-    """Adds up the gradients of all processes, in place. → the sum of their losses. One message."""
+    """Adds up the gradients of all processes, in place. → the sum of their losses."""
     flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
     add_up(flat)
     parts = flat[1:].split([grad.numel() for grad in grads])
@@ -159,6 +159,15 @@ def add_up(tensor):
     if dist.is_initialized():
         enter()
         dist.all_reduce(tensor, group=Links.nccl_group if tensor.is_cuda else None)
+        if tensor.is_cuda:
+            # NCCL's kernel runs until all processes have started theirs. Until then, some calls of
+            # CUDA wait too: the first use of a kernel loads it. They have no limit, and gloo has.
+            meet()
+
+
+def meet():
+    """Waits until all processes are here. Gloo finds one that does not come: see exit_together."""
+    largest([0])
 
 
 def largest(numbers):

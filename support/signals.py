@@ -5,10 +5,8 @@ import signal
 import sys
 from contextlib import suppress
 
-import torch.distributed as dist
-
 from support import commands
-from support.processes import Links, enter, largest, rank_and_count
+from support.processes import Links, largest, meet, rank_and_count
 
 # Windows lacks SIGHUP and SIGUSR1.
 STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
@@ -58,9 +56,7 @@ class Signals:
 
 def exit_after_signal(number, step, output_dir):
     """Ends the program after signal `number`, as soon as all processes call this."""
-    if dist.is_initialized():
-        enter()
-        dist.barrier()  # the first to end makes torchrun end the others
+    meet()  # the first to end makes torchrun end the others
     continues = f"--resume continues from {output_dir}/checkpoint-{step}"
     try:
         print(f"stopped  after update {step}; {continues}", flush=True)
