@@ -172,12 +172,15 @@ def trained_parameters(peft_model):
 
 # --- runs of train.py -------------------------------------------------------------------------
 
-SHORT = "--max-steps 6 --save-steps 2 --logging-steps 1 --device cpu --output-dir".split()
+# The built-in model, but with matrices of a sixteenth the size, for tests of the loop
+SMALL = FIXTURES / "small"
+bases.make_random_weights(SMALL, chatglm.ChatGLMForCausalLM, chatglm.ChatGLMConfig)
+SMALL_MODEL = ["--model", str(SMALL), "--learning-rate", "0.003"]
+SIX = "--max-steps 6 --save-steps 2 --logging-steps 1 --device cpu --output-dir".split()
+SHORT = [*SMALL_MODEL, *SIX]
 # Of the sample's 119 records 6 make an update, so that the second epoch begins at update 21.
-LONG = (
-    "--max-steps 30 --save-steps 2 --logging-steps 3 --batch-size 3 "
-    "--gradient-accumulation-steps 2 --lora-dropout 0.1"
-).split()
+LONG = "--max-steps 30 --save-steps 2 --logging-steps 3".split()
+LONG += [*SMALL_MODEL, "--batch-size", "3", "--gradient-accumulation-steps", "2"]
 
 
 def new_run(peft_model, *flags, dataset=None, checkpoint=None):
