@@ -267,21 +267,17 @@ def train_in_this_process(arguments, environment):
 
 
 def start_several(start, count, *arguments, each=None):
-    """Starts processes as torchrun would, but forked. each: more arguments of each, or None
-
-    If there are more than GPUs, they pass as machines with so many GPUs each.
-    """
+    """Starts processes as torchrun would, but forked. each: more arguments of each, or None"""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     common = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=str(count))
     common["TORCHELASTIC_RUN_ID"] = "test"
-    own, gpus = each or [[]] * count, torch.cuda.device_count() or count
-    places = [
-        dict(RANK=str(rank), LOCAL_RANK=str(rank % gpus), NCCL_HOSTID=str(rank // gpus))
-        for rank in range(count)
+    own = each or [[]] * count
+    return [
+        start(*arguments, *more, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank, more in enumerate(own)
     ]
-    return [start(*arguments, *own[rank], **places[rank], **common) for rank in range(count)]
 
 
 def finish(process, code=0):

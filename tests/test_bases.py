@@ -191,7 +191,7 @@ def test_a_mistake_is_one_clear_line_of_the_command(
     assert message in refused_by_infer(capsys, "--prompt", "q", *arguments)
 
 
-def test_a_hub_id_is_read_from_the_hub_s_cache(trained, tmp_path):
+def test_a_hub_id_is_read_from_the_hub_s_cache(trained, tmp_path, capsys):
     adapter, device = trained
     cached = tmp_path / "hub" / "models--someone--glm"
     (cached / "refs").mkdir(parents=True)
@@ -201,9 +201,8 @@ def test_a_hub_id_is_read_from_the_hub_s_cache(trained, tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = run("infer.py", *common, "--model", "someone/glm", env=environment)
     assert done.stdout == f"{ANSWER}\n", done.stderr
-    done = run("infer.py", *common, "--model", "someone/else", env=environment)
-    assert done.returncode == 2 and "someone/else: cannot read the vocabulary" in done.stderr
-    assert len(done.stderr.splitlines()) <= 2 and "Traceback" not in done.stderr
+    told = refused_by_infer(capsys, *common, "--model", "someone/else")
+    assert "someone/else: cannot read the vocabulary" in told
 
 
 # --- the base is the one that was trained on --------------------------------------------------

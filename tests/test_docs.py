@@ -168,16 +168,15 @@ def test_its_commands_run(section, tmp_path, monkeypatch, small_run, start, own_
             assert all((ROOT / file).exists() for file in files), words
 
 
-@pytest.mark.parametrize("name", ["answers.md", "answers.zh.md"])
-def test_right_answers_are_counted(name, trained, tmp_path, monkeypatch, capsys, own_signals):
-    """The commands and the script of the section, with the built-in model and its sample"""
+def test_right_answers_are_counted(trained, tmp_path, monkeypatch, capsys, own_signals):
+    """The commands and the script of the section, with the built-in model and its sample. The
+    Chinese page has the same ones: see test_both_languages_show_the_same."""
     adapter, device = trained
     monkeypatch.chdir(tmp_path)
     with open(SAMPLE, encoding="utf-8") as file:
         lines = [line for line in file if "output" in json.loads(line)][:109]
     Path("test.jsonl").write_text("".join(lines), "utf-8")
-    parts = sections((ROOT / "docs" / name).read_text("utf-8"))
-    section = parts["Counting right answers" if name == "answers.md" else "统计答对多少"]
+    section = sections((ROOT / "docs" / "answers.md").read_text("utf-8"))["Counting right answers"]
     for command in commands_of(section):
         assert command.words[:2] == ["python", "infer.py"]
         flags = [] if "--no-adapter" in command.words else ["--adapter", str(adapter)]

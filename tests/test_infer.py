@@ -3,10 +3,12 @@
 python -m pytest -q tests/test_infer.py
 """
 
+import io
 import json
 import math
 import os
 import shutil
+import sys
 from functools import partial
 
 import pytest
@@ -20,6 +22,7 @@ from conftest import (
     reference,
     refused_by_infer,
     run,
+    train_main,
     write_jsonl,
 )
 
@@ -328,6 +331,12 @@ def said(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def talked(monkeypatch, capsys, typed, *arguments):
+    """What infer.py prints when these lines are its input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode()), "utf-8"))
+    return said(capsys, *arguments)
+
+
 def share_of_right_answers(model, tokenizer):
     prompts, wanted, answers, decoder = [], [], [], infer.Decoder(model)
     for _, messages in read_conversations([SAMPLE]):
@@ -391,8 +400,7 @@ def test_the_system_message_of_training_is_used(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "output": "a"}])
     out = str(tmp_path / "out")
     flags = ["--data", file, "--system", "甲", "--max-steps", 1, "--output-dir", out]
-    done = run("train.py", *flags)
-    assert done.returncode == 0, done.stderr
+    train_main(*flags)
     for given, wanted in (
         ([], "<|system|>\n 甲<|user|>"),
         (["--system", "乙"], "<|system|>\n 乙<|user|>"),
@@ -430,7 +438,7 @@ def trained_with_tools(tmp_path_factory):
     return directory
 
 
-def test_a_tool_is_called_by_a_prompt_a_chat_and_a_batch(trained_with_tools, capsys):
+def test_a_tool_is_called_by_a_prompt_a_chat_and_a_batch(trained_with_tools, monkeypatch, capsys):
     directory = trained_with_tools
     common = ["--adapter", directory / "out", "--device", "cpu", "--greedy"]
     with_tools = [*common, "--tools", directory / "tools.json"]
@@ -438,8 +446,8 @@ def test_a_tool_is_called_by_a_prompt_a_chat_and_a_batch(trained_with_tools, cap
     assert said(capsys, *with_tools, "--prompt", "厦门热吗") == f"get_weather\n{CALL}\n"
 
     lines = "厦门热吗\n/observation 31\n"
-    talk = run("infer.py", *with_tools, input=lines)
-    assert talk.stdout == f"> get_weather\n{CALL}\n> 31度，\n热。\n> \n", talk.stderr
+    talk = talked(monkeypatch, capsys, lines, *with_tools)
+    assert talk == f"> get_weather\n{CALL}\n> 31度，\n热。\n> \n"
 
     own = {"tools": TOOLS, "messages": [{"role": "user", "content": "厦门热吗"}]}
     questions = write_jsonl(directory / "q.jsonl", [{"instruction": "厦门热吗"}, own])
@@ -482,8 +490,8 @@ def test_an_answer_without_the_newline_is_shown_whole(tmp_path, monkeypatch, cap
     common = ["--adapter", out, "--device", "cpu", "--greedy"]
     capsys.readouterr()
     assert said(capsys, *common, "--prompt", "怎么学习？") == f"{answer}\n"
-    talk = run("infer.py", *common, input="怎么学习？\n")
-    assert talk.stdout == f"> {answer}\n> \n"
+    talk = talked(monkeypatch, capsys, "怎么学习？\n", *common)
+    assert talk == f"> {answer}\n> \n"
     infer.main([*common, "--input", str(file), "--output", str(tmp_path / "a")])
     (line,) = (tmp_path / "a").read_text("utf-8").splitlines()
     assert json.loads(line)["prediction"] == answer and "prediction_metadata" not in line

@@ -24,6 +24,7 @@ from conftest import (
     LONG,
     ROOT,
     SHORT,
+    SMALL_MODEL,
     finish,
     has_metrics,
     metrics_of,
@@ -182,6 +183,7 @@ def test_several_processes_make_the_updates_of_one(tmp_path, start):
     records = [{"instruction": question, "output": answer} for question, answer in texts]
     file = write_jsonl(tmp_path / "d.jsonl", records)
     flags = "--max-steps 12 --logging-steps 1 --save-steps 6 --device cpu --batch-size 2".split()
+    flags += [*SMALL_MODEL, "--target-modules", "all", "--lora-dropout", 0]
     common = ["--data", file, *flags, "--gradient-accumulation-steps"]
 
     def run_of(count, directory, *more):

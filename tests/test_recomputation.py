@@ -29,7 +29,7 @@ from test_train import run_training
 import data
 import model as chatglm
 import train
-from support import fp8, memory, recomputation
+from support import fp8, memory
 from support.checkpoints import ADAPTER, is_intact, list_checkpoints
 from support.files import LOCK
 
@@ -444,7 +444,6 @@ def test_blocks_that_would_run_uncompiled_end_the_run(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(train, "set_up_compiler", with_a_low_limit)
     monkeypatch.setattr(compile_fx, "compile_fx", no_compiler)
-    monkeypatch.setattr(recomputation, "compile_fx", no_compiler)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=1):
         flags = ["--compile", "--gradient-checkpointing", 2, "--device", "cpu"]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     FIXTURES,
+    SMALL_MODEL,
     metrics_of,
     random_samples,
     reference,
@@ -186,13 +187,15 @@ def test_a_file_of_a_reported_kind_is_trained_on(tmp_path, name):
 
 
 def test_a_run_writes_what_it_says_and_repeats_bit_for_bit(tmp_path):
+    """In a process of its own, and in this one, which has made other runs"""
     records = [{"instruction": f"n {i}", "output": f"m {i * i}"} for i in range(21)]
     file = write_jsonl(tmp_path / "d.jsonl", records)
     flags = ["--data", file, "--max-steps", 7, "--save-steps", 3, "--logging-steps", 2]
     flags += ["--system", "甲"]
-    runs = [run("train.py", *flags, "--output-dir", tmp_path / name) for name in "ab"]
-    assert [each.returncode for each in runs] == [0, 0], runs[0].stderr
     a, b = tmp_path / "a", tmp_path / "b"
+    done = run("train.py", *flags, "--output-dir", a)
+    assert done.returncode == 0, done.stderr
+    train_main(*flags, "--output-dir", b)
     names = sorted(str(path.relative_to(a)) for path in a.rglob("*") if path.is_file())
     adapter = ["adapter_config.json", "adapter_model.safetensors", "training_args.json"]
     state = ["metrics.jsonl", "training_state.json", "training_state.safetensors", "SHA256SUMS"]
@@ -204,7 +207,7 @@ def test_a_run_writes_what_it_says_and_repeats_bit_for_bit(tmp_path):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     lines = [(line["step"], line["epoch"]) for line in metrics_of(a)]
     assert lines == [(2, 0), (4, 1), (6, 1), (7, 2)]
-    out = runs[0].stdout
+    out = done.stdout
     assert out.startswith("The built-in tiny model, random weights.")
     assert "21 samples" in out and "249,856 parameters" in out and "⟦\n" in out
     assert f"python infer.py --adapter {a} --prompt" in out
@@ -237,7 +240,7 @@ def test_overflows_are_counted_and_shown(tmp_path, monkeypatch, capsys):
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**26)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     flags = "--dtype fp16 --device cpu --max-steps 20 --logging-steps 5".split()
-    train_main(*flags, "--batch-size", 1, "--output-dir", tmp_path)
+    train_main(*SMALL_MODEL, *flags, "--batch-size", 1, "--output-dir", tmp_path)
     lines = metrics_of(tmp_path)
     skipped = lines[-1]["skipped"]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
@@ -278,7 +281,7 @@ def test_a_loss_that_stays_infinite_in_fp16(tmp_path, tokenizer, monkeypatch, ca
     """The message names the first update, its samples, and the last intact checkpoint."""
     spoil_the_loss(monkeypatch, torch.inf, first=15)  # that is update 8, of two micro-batches
     flags = "--max-steps 60 --save-steps 5 --logging-steps 1 --dtype fp16 --device cpu".split()
-    flags += ["--batch-size", "1", "--gradient-accumulation-steps", "2"]
+    flags += [*SMALL_MODEL, "--batch-size", "1", "--gradient-accumulation-steps", "2"]
     told = refused(capsys, *flags, "--output-dir", tmp_path / "out")
     where = f"of the samples at {places(tokenizer, 2, 7)}; the last intact checkpoint is "
     assert f"NaN or infinite since update 8, {where}" in told
@@ -292,7 +295,7 @@ def test_whole_modules_train_and_answer_in_half_precision(tmp_path, dtype):
     flags = ["--target-modules", "word_embeddings", "query_key_value"]
     flags += ["--modules-to-save", "output_layer", "final_layernorm", *device]
     flags += ["--batch-size", 2, "--max-steps", 8, "--logging-steps", 2]
-    train_main(*flags, "--output-dir", directory)
+    train_main(*SMALL_MODEL, *flags, "--output-dir", directory)
     losses = [line["loss"] for line in metrics_of(directory)]
     assert losses[-1] < losses[0]
     names = load_file(directory / "adapter_model.safetensors").keys()
@@ -393,10 +396,11 @@ def test_flags_with_which_nothing_is_learnt_are_told(tmp_path, capsys, flags, wa
     assert f"warning: {warning}" in told if warning else "warning" not in told
 
 
-def test_help_shows_every_default():
-    done = run("train.py", "--help")
-    shown = " ".join(done.stdout.split())
-    assert done.returncode == 0
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
     for default in ("0.0001; without --model: 0.003", "3; without --model: 50", "output/ChatGLM"):
         assert f"(default: {default})" in shown
     assert f"(default: query_key_value; without --model: {' '.join(LINEAR_LAYERS)})" in shown
@@ -405,10 +409,13 @@ def test_help_shows_every_default():
 # --- the fast paths ---------------------------------------------------------------------------
 
 
-def run_training(directory, *flags, device="cpu"):
-    """20 updates of the built-in model → (losses, the adapter's bytes)"""
+def run_training(directory, *flags, device="cpu", model=None):
+    """20 updates of a small model, on CUDA of the built-in one → (losses, the adapter's bytes)"""
+    if model is None:
+        small = [*SMALL_MODEL, "--target-modules", "all", "--lora-dropout", 0]
+        model = small if device == "cpu" else []
     common = ["--device", device, "--max-steps", 20, "--logging-steps", 1]
-    train_main("--output-dir", directory, *common, *flags)
+    train_main("--output-dir", directory, *model, *common, *flags)
     losses = torch.tensor([line["loss"] for line in metrics_of(directory)])
     assert len(losses) == 20
     return losses, (directory / "adapter_model.safetensors").read_bytes()
@@ -458,7 +465,7 @@ def test_a_system_message_computed_once_or_in_each_sample(tmp_path, monkeypatch,
 def test_a_quantised_base_trains_saves_and_answers(tmp_path, capsys, load_in, device):
     if load_in == "4bit":
         pytest.importorskip("bitsandbytes", reason="needs requirements-quantization.txt")
-    losses, _ = run_training(tmp_path, "--load-in", load_in, device=device)
+    losses, _ = run_training(tmp_path, "--load-in", load_in, device=device, model=[])
     assert losses[-1] < losses[0] - 1
     assert f" --adapter {tmp_path} --load-in {load_in} --prompt " in capsys.readouterr().out
     flags = ["--prompt", "q", "--adapter", tmp_path, "--device", device, "--load-in", load_in]

@@ -31,17 +31,10 @@ def start(fork):
     return lambda script, *arguments: fork(run_under_rules, script, [*map(str, arguments)])
 
 
-def start_without_modules(script, *arguments):
-    """The same, in a Python that finds no fcntl either"""
-    command = [sys.executable, ROOT / "tests" / "windows.py", script, *map(str, arguments)]
+def start_without_modules(*words):
+    """One command, or several with "then" between them, in a Python that finds no fcntl either"""
+    command = [sys.executable, ROOT / "tests" / "windows.py", *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish_without_modules(script, *arguments):
-    process = start_without_modules(script, *arguments)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    return told
 
 
 def test_train_kill_resume_answer_and_merge(tmp_path, start):
@@ -51,18 +44,21 @@ def test_train_kill_resume_answer_and_merge(tmp_path, start):
     wait_for(lambda: list_checkpoints(out), process)
     process.kill()
     process.wait()
-    assert "resumed  " in finish_without_modules("train.py", *FLAGS, out, "--resume")
+    merged = tmp_path / "merged"
+    merged.mkdir()  # empty: it is replaced
+    merge = ["infer.py", "--adapter", out, "--merge-to", merged]
+    process = start_without_modules("train.py", *FLAGS, out, "--resume", "then", *merge)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resumed  " in told, told
     assert outcome(out) == outcome(tmp_path / "elsewhere")
     assert len(list_checkpoints(out)) == 1 and not [*out.glob("*.part")]
+    assert (merged / "model.safetensors").exists()
     finish(start("train", *FLAGS, out, "--overwrite", "--max-steps", 4))
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-4"]
     questions = write_jsonl(tmp_path / "q.jsonl", [{"instruction": "你好"}] * 3)
-    answers, merged = tmp_path / "a.jsonl", tmp_path / "merged"
+    answers = tmp_path / "a.jsonl"
     finish(start("infer", "--adapter", out, "--input", questions, "--output", answers))
     assert len([json.loads(line)["prediction"] for line in answers.open()]) == 3
-    merged.mkdir()  # empty: it is replaced
-    finish_without_modules("infer.py", "--adapter", out, "--merge-to", merged)
-    assert (merged / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("forbidden", ["delete", "open", "rename", "replace", "flush"])

@@ -104,7 +104,10 @@ if __name__ == "__main__":
     sys.modules["fcntl"] = None
     builtins.__import__ = import_module
     impose()
-    script = os.path.join(ROOT, sys.argv[1])
-    sys.argv = [script, *sys.argv[2:]]
-    sys.path[0] = os.path.dirname(script)
-    runpy.run_path(script, run_name="__main__")
+    commands = [[]]
+    for word in sys.argv[1:]:  # "train.py … then infer.py …": the imports take seconds
+        commands = [*commands, []] if word == "then" else [*commands[:-1], [*commands[-1], word]]
+    sys.path[0] = ROOT
+    for script, *arguments in commands:
+        sys.argv = [os.path.join(ROOT, script), *arguments]
+        runpy.run_path(sys.argv[0], run_name="__main__")
