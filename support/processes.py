@@ -160,8 +160,9 @@ def add_up(tensor):
         enter()
         dist.all_reduce(tensor, group=Links.nccl_group if tensor.is_cuda else None)
         if tensor.is_cuda:
-            # NCCL's kernel runs until all processes have started theirs. Until then, some calls of
-            # CUDA wait too: the first use of a kernel loads it. They have no limit, and gloo has.
+            # NCCL's kernel waits on the GPU until all processes have started theirs. Meanwhile the
+            # first use of another kernel blocks the CPU without a limit, because CUDA loads it. So
+            # the CPU waits in gloo first, which has a limit.
             meet()
 
 

@@ -23,7 +23,7 @@ def set_up_compiler():
 
 def recompute_all(graph_module, inputs):
     """A backend of torch.compile: inductor, but only the inputs are stored for backward."""
-    from torch._inductor.compile_fx import compile_fx  # takes two seconds
+    from torch._inductor.compile_fx import compile_fx  # this import takes two seconds
 
     with torch._functorch.config.patch(activation_memory_budget=0.0):  # 1.0 stores all
         return compile_fx(graph_module, inputs)

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
+# The models of the tests are too small for several threads to help. Child processes read this too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -47,7 +49,12 @@ with contextlib.suppress(ValueError):  # some runners import this in another thr
     # A shell ignores SIGINT in what it runs with "&", and nohup ignores SIGHUP.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-torch.set_num_threads(1)  # the models of the tests are too small for several threads to help
+
+
+def pytest_collection_modifyitems(items):
+    """Files with few but long tests come first, so that no worker waits for one at the end."""
+    long_ones = ("test_recomputation", "test_restarts", "test_walkthrough", "test_windows")
+    items.sort(key=lambda item: item.path.stem not in long_ones)
 
 
 def reference(name):
@@ -172,15 +179,23 @@ def trained_parameters(peft_model):
 
 # --- runs of train.py -------------------------------------------------------------------------
 
-# The built-in model, but with matrices of a sixteenth the size, for tests of the loop
-SMALL = FIXTURES / "small"
-bases.make_random_weights(SMALL, chatglm.ChatGLMForCausalLM, chatglm.ChatGLMConfig)
-SMALL_MODEL = ["--model", str(SMALL), "--learning-rate", "0.003"]
-SIX = "--max-steps 6 --save-steps 2 --logging-steps 1 --device cpu --output-dir".split()
-SHORT = [*SMALL_MODEL, *SIX]
-# Of the sample's 119 records 6 make an update, so that the second epoch begins at update 21.
+# A twelfth of the built-in model, with its vocabulary: for tests of the loop, which need no answers
+SMALL_BASE = FIXTURES / "small"
+ON_SMALL_BASE = ["--model", str(SMALL_BASE), "--learning-rate", "0.003"]
+# The same with the kind of LoRA that train.py gives the built-in model
+LIKE_BUILT_IN = [*ON_SMALL_BASE, "--target-modules", "all", "--lora-dropout", "0"]
+SIX_UPDATES = "--max-steps 6 --save-steps 2 --logging-steps 1 --device cpu --output-dir".split()
+SHORT = [*ON_SMALL_BASE, *SIX_UPDATES]
+# Of the sample's 119 records 6 make an update, so that the second epoch begins at update 21. With
+# --model, dropout is on: a resumed run must repeat its masks.
 LONG = "--max-steps 30 --save-steps 2 --logging-steps 3".split()
-LONG += [*SMALL_MODEL, "--batch-size", "3", "--gradient-accumulation-steps", "2"]
+LONG += [*ON_SMALL_BASE, "--batch-size", "3", "--gradient-accumulation-steps", "2"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_base():
+    """Makes the weights of SMALL_BASE, which are not in the repository."""
+    bases.make_random_weights(SMALL_BASE, chatglm.ChatGLMForCausalLM, chatglm.ChatGLMConfig)
 
 
 def new_run(peft_model, *flags, dataset=None, checkpoint=None):

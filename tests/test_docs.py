@@ -64,7 +64,7 @@ SECTIONS = {
     for title, text in sections(page.read_text("utf-8")).items()
     if any(len(command.words) > 1 for command in commands_of(text))
 }
-SMALL = ["--max-steps", "1", "--logging-steps", "1", "--device", "cpu"]
+ONE_UPDATE = ["--max-steps", "1", "--logging-steps", "1", "--device", "cpu"]
 ENVIRONMENT = re.compile(r"[A-Z0-9_]+=")
 OTHERS = (
     "pip",
@@ -82,7 +82,7 @@ OTHERS = (
 def small_run(tmp_path_factory):
     """The --output-dir of a run of one update."""
     directory = tmp_path_factory.mktemp("small") / "run"
-    train_main(*SMALL, "--output-dir", directory)
+    train_main(*ONE_UPDATE, "--output-dir", directory)
     return directory
 
 
@@ -127,13 +127,13 @@ def is_run(program, arguments, start, monkeypatch):
     if program == ["python", "train.py"] and "--dry-run" in arguments:
         train.parse_args(arguments)  # tests/test_forecast.py runs it; it measures for seconds
     elif program == ["python", "train.py"]:
-        train_main(*small_scale(arguments), *SMALL)
+        train_main(*small_scale(arguments), *ONE_UPDATE)
     elif program == ["python", "infer.py"]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"/exit\n")))
         infer.main([*small_scale(arguments), "--device", "cpu", "--max-new-tokens", "4"])
     elif program == ["torchrun"]:
         at = arguments.index("train.py")
-        for process in start_several(start, 2, *small_scale(arguments[at + 1 :]), *SMALL):
+        for process in start_several(start, 2, *small_scale(arguments[at + 1 :]), *ONE_UPDATE):
             finish(process)
     elif program == ["python", "-m"] and arguments[0] == "support.curves":
         curves.main(arguments[1:])
@@ -169,8 +169,10 @@ def test_its_commands_run(section, tmp_path, monkeypatch, small_run, start, own_
 
 
 def test_right_answers_are_counted(trained, tmp_path, monkeypatch, capsys, own_signals):
-    """The commands and the script of the section, with the built-in model and its sample. The
-    Chinese page has the same ones: see test_both_languages_show_the_same."""
+    """The commands and the script of the section, with the built-in model and its sample.
+
+    The Chinese page has the same ones: see test_readme.py.
+    """
     adapter, device = trained
     monkeypatch.chdir(tmp_path)
     with open(SAMPLE, encoding="utf-8") as file:

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SIX, outcome, refused, train_main, write_jsonl
+from conftest import ROOT, SIX_UPDATES, outcome, refused, train_main, write_jsonl
 from test_train import CPU_AND_CUDA
 
 import data
 import train
 from support import forecast, memory
 
-QUICK = ["--batch-size", 2, "--gradient-accumulation-steps", 1, *SIX]
+QUICK = ["--batch-size", 2, "--gradient-accumulation-steps", 1, *SIX_UPDATES]
 CPU = torch.device("cpu")
 SPLIT = ["--eval-split", 0.2, "--eval-steps", 1]
 

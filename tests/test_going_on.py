@@ -17,7 +17,7 @@ from conftest import (
     LONG,
     ROOT,
     SHORT,
-    SMALL,
+    SMALL_BASE,
     contents,
     finish,
     has_metrics,
@@ -122,7 +122,7 @@ def test_flags_of_lora_beside_it_are_refused(first, tmp_path, capsys, given):
 @pytest.mark.parametrize("names_targets", [True, False])
 def test_an_adapter_of_peft_itself(tmp_path, names_targets):
     adapter, out = tmp_path / "adapter", tmp_path / "out"
-    model = chatglm.load_model(SMALL, "cpu")
+    model = chatglm.load_model(SMALL_BASE, "cpu")
     peft_model = with_random_lora(model, r=3, target_modules=["dense"])
     peft_model.save_pretrained(adapter, save_embedding_layers=False)
     if not names_targets:  # the names of the tensors say which they are
@@ -148,7 +148,7 @@ def test_what_is_no_adapter_is_told_in_one_line(first, tmp_path, capsys):
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(first, tmp_path, capsys):
-    base = shutil.copytree(SMALL, tmp_path / "base")
+    base = shutil.copytree(SMALL_BASE, tmp_path / "base")
     weights = (base / "model.safetensors").read_bytes()
     end = bytes(byte ^ 0x80 for byte in weights[-(2**18) :])  # the signs, among others
     (base / "model.safetensors").write_bytes(weights[: -(2**18)] + end)

@@ -21,10 +21,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import (
+    LIKE_BUILT_IN,
     LONG,
     ROOT,
     SHORT,
-    SMALL_MODEL,
     finish,
     has_metrics,
     metrics_of,
@@ -72,7 +72,7 @@ def test_a_signal_ends_the_run_after_its_update_and_saves(tmp_path, start, undis
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_ends_at_once(tmp_path, start, number):
     out = tmp_path / "out"
-    size = ["--batch-size", 1, "--gradient-accumulation-steps", 10**6]  # an update of minutes
+    size = ["--batch-size", 1, "--gradient-accumulation-steps", 10**6]  # a long update
     file = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "output": "a"}] * 10_000)
     process = start(*LONG, *size, "--data", file, "--output-dir", out)
     wait_for((out / "metrics.jsonl").exists, process)
@@ -183,8 +183,7 @@ def test_several_processes_make_the_updates_of_one(tmp_path, start):
     records = [{"instruction": question, "output": answer} for question, answer in texts]
     file = write_jsonl(tmp_path / "d.jsonl", records)
     flags = "--max-steps 12 --logging-steps 1 --save-steps 6 --device cpu --batch-size 2".split()
-    flags += [*SMALL_MODEL, "--target-modules", "all", "--lora-dropout", 0]
-    common = ["--data", file, *flags, "--gradient-accumulation-steps"]
+    common = [*LIKE_BUILT_IN, "--data", file, *flags, "--gradient-accumulation-steps"]
 
     def run_of(count, directory, *more):
         arguments = [*common, 4 // count, "--output-dir", directory, *more]
@@ -465,8 +464,9 @@ def connect(pretend, monkeypatch):
         ended = threading.Event()
         monkeypatch.setattr(os, "_exit", lambda code: ended.set())
         monkeypatch.setattr(processes, "Links", SimpleNamespace(timeout=0.2))
-        monkeypatch.setattr(processes, "gather", lambda value: None)
-        monkeypatch.setattr(processes.dist, "new_group", lambda **options: None)
+        order = mock.Mock()
+        monkeypatch.setattr(processes, "meet", order.meet)
+        monkeypatch.setattr(processes.dist, "new_group", order.new_group)
         monkeypatch.setattr(processes, "add_up", lambda tensor: add_up(ended))
         monkeypatch.setattr(processes, "torch", mock.MagicMock())  # instead of tensors on a GPU
         monkeypatch.setenv("NCCL_RUNTIME_CONNECT", "")
@@ -474,6 +474,7 @@ def connect(pretend, monkeypatch):
         with contextlib.suppress(dist.DistBackendError):
             processes.connect_gpus()
         assert os.environ["NCCL_RUNTIME_CONNECT"] == "0"
+        assert [call[0] for call in order.mock_calls] == ["meet", "new_group"]
         return ended
 
     return connect
@@ -492,6 +493,20 @@ def test_gpus_that_are_connected_are_no_longer_waited_for(connect, capsys):
 
 def test_an_error_while_gpus_are_connected_ends_the_waiting(connect, capsys):
     assert not connect(mock.Mock(side_effect=dist.DistBackendError)).wait(1)
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_processes_meet_after_each_sum_on_gpus(monkeypatch, is_cuda):
+    """CUDA may block a process while NCCL's sum waits for another one. Gloo then has a limit."""
+    monkeypatch.setattr(processes, "Links", SimpleNamespace(nccl_group="nccl"))
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "enter", lambda: found.append("enter"))
+    monkeypatch.setattr(
+        processes.dist, "all_reduce", lambda tensor, *_, group=None: found.append(group or "gloo")
+    )
+    found = []
+    processes.add_up(SimpleNamespace(is_cuda=is_cuda))
+    assert found == (["enter", "nccl", "enter", "gloo"] if is_cuda else ["enter", "gloo"])
 
 
 def test_a_process_that_torchrun_ends_is_silent(late, capsys):

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     FIXTURES,
-    SMALL_MODEL,
+    LIKE_BUILT_IN,
+    ON_SMALL_BASE,
     metrics_of,
     random_samples,
     reference,
@@ -187,7 +188,7 @@ def test_a_file_of_a_reported_kind_is_trained_on(tmp_path, name):
 
 
 def test_a_run_writes_what_it_says_and_repeats_bit_for_bit(tmp_path):
-    """In a process of its own, and in this one, which has made other runs"""
+    """One run is made in a new process, and one in this process, which has made other runs."""
     records = [{"instruction": f"n {i}", "output": f"m {i * i}"} for i in range(21)]
     file = write_jsonl(tmp_path / "d.jsonl", records)
     flags = ["--data", file, "--max-steps", 7, "--save-steps", 3, "--logging-steps", 2]
@@ -240,7 +241,7 @@ def test_overflows_are_counted_and_shown(tmp_path, monkeypatch, capsys):
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**26)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     flags = "--dtype fp16 --device cpu --max-steps 20 --logging-steps 5".split()
-    train_main(*SMALL_MODEL, *flags, "--batch-size", 1, "--output-dir", tmp_path)
+    train_main(*ON_SMALL_BASE, *flags, "--batch-size", 1, "--output-dir", tmp_path)
     lines = metrics_of(tmp_path)
     skipped = lines[-1]["skipped"]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
@@ -281,7 +282,7 @@ def test_a_loss_that_stays_infinite_in_fp16(tmp_path, tokenizer, monkeypatch, ca
     """The message names the first update, its samples, and the last intact checkpoint."""
     spoil_the_loss(monkeypatch, torch.inf, first=15)  # that is update 8, of two micro-batches
     flags = "--max-steps 60 --save-steps 5 --logging-steps 1 --dtype fp16 --device cpu".split()
-    flags += [*SMALL_MODEL, "--batch-size", "1", "--gradient-accumulation-steps", "2"]
+    flags += [*ON_SMALL_BASE, "--batch-size", "1", "--gradient-accumulation-steps", "2"]
     told = refused(capsys, *flags, "--output-dir", tmp_path / "out")
     where = f"of the samples at {places(tokenizer, 2, 7)}; the last intact checkpoint is "
     assert f"NaN or infinite since update 8, {where}" in told
@@ -295,7 +296,7 @@ def test_whole_modules_train_and_answer_in_half_precision(tmp_path, dtype):
     flags = ["--target-modules", "word_embeddings", "query_key_value"]
     flags += ["--modules-to-save", "output_layer", "final_layernorm", *device]
     flags += ["--batch-size", 2, "--max-steps", 8, "--logging-steps", 2]
-    train_main(*SMALL_MODEL, *flags, "--output-dir", directory)
+    train_main(*ON_SMALL_BASE, *flags, "--output-dir", directory)
     losses = [line["loss"] for line in metrics_of(directory)]
     assert losses[-1] < losses[0]
     names = load_file(directory / "adapter_model.safetensors").keys()
@@ -409,20 +410,17 @@ def test_help_shows_every_default(capsys):
 # --- the fast paths ---------------------------------------------------------------------------
 
 
-def run_training(directory, *flags, device="cpu", model=None):
-    """20 updates of a small model, on CUDA of the built-in one → (losses, the adapter's bytes)"""
-    if model is None:
-        small = [*SMALL_MODEL, "--target-modules", "all", "--lora-dropout", 0]
-        model = small if device == "cpu" else []
+def run_training(directory, *flags, device="cpu"):
+    """20 updates, without --model of the built-in model → (losses, the adapter's bytes)"""
     common = ["--device", device, "--max-steps", 20, "--logging-steps", 1]
-    train_main("--output-dir", directory, *model, *common, *flags)
+    train_main("--output-dir", directory, *common, *flags)
     losses = torch.tensor([line["loss"] for line in metrics_of(directory)])
     assert len(losses) == 20
     return losses, (directory / "adapter_model.safetensors").read_bytes()
 
 
 def test_checkpointed_blocks_on_a_cpu_are_bit_equal(tmp_path):
-    flags = ["--lora-dropout", 0.1]
+    flags = [*ON_SMALL_BASE, "--target-modules", "all"]  # with dropout
     plain = run_training(tmp_path / "plain", *flags)
     flags += ["--gradient-checkpointing"]
     for blocks in (2, "all"):
@@ -446,6 +444,8 @@ def test_a_system_message_computed_once_or_in_each_sample(tmp_path, monkeypatch,
         records.append({"instruction": question, "output": answer})
     file = write_jsonl(tmp_path / "d.jsonl", records)
     flags = ["--data", file, "--system", "Be brief, and kind to all who ask.", *flags]
+    if device == "cpu" and "--compile" not in flags:  # compiling is what takes time then
+        flags += LIKE_BUILT_IN
     once, _ = run_training(tmp_path / "once", *flags, device=device)
     lengths, collate = [], data.collate
 
@@ -465,7 +465,7 @@ def test_a_system_message_computed_once_or_in_each_sample(tmp_path, monkeypatch,
 def test_a_quantised_base_trains_saves_and_answers(tmp_path, capsys, load_in, device):
     if load_in == "4bit":
         pytest.importorskip("bitsandbytes", reason="needs requirements-quantization.txt")
-    losses, _ = run_training(tmp_path, "--load-in", load_in, device=device, model=[])
+    losses, _ = run_training(tmp_path, "--load-in", load_in, device=device)
     assert losses[-1] < losses[0] - 1
     assert f" --adapter {tmp_path} --load-in {load_in} --prompt " in capsys.readouterr().out
     flags = ["--prompt", "q", "--adapter", tmp_path, "--device", device, "--load-in", load_in]

@@ -32,7 +32,7 @@ def start(fork):
 
 
 def start_without_modules(*words):
-    """One command, or several with "then" between them, in a Python that finds no fcntl either"""
+    """Runs commands, with "then" between them, in a Python that also lacks modules like fcntl."""
     command = [sys.executable, ROOT / "tests" / "windows.py", *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

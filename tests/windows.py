@@ -1,4 +1,6 @@
-"""Runs a script of this project under rules of Windows: python tests/windows.py train.py …
+"""Runs scripts of this project under rules of Windows:
+
+    python tests/windows.py train.py … then infer.py …    # in one process: imports take seconds
 
 Modules, signals and functions that Windows lacks are gone. A directory can't be opened. A rename
 replaces no directory. What this process has open, or has mapped into its memory, can't be deleted
@@ -105,8 +107,11 @@ if __name__ == "__main__":
     builtins.__import__ = import_module
     impose()
     commands = [[]]
-    for word in sys.argv[1:]:  # "train.py … then infer.py …": the imports take seconds
-        commands = [*commands, []] if word == "then" else [*commands[:-1], [*commands[-1], word]]
+    for word in sys.argv[1:]:
+        if word == "then":
+            commands.append([])
+        else:
+            commands[-1].append(word)
     sys.path[0] = ROOT
     for script, *arguments in commands:
         sys.argv = [os.path.join(ROOT, script), *arguments]
