@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import cached_file
 
 from support.config import IGNORE
+from support.data_files import split_times
 from support.errors import DataError, one_line, printable
 from support.files import check_no_lfs_pointer
 from support.preamble import Preamble
 from support.processes import rank_and_count
-from support.records import RecordReader, encode_texts, in_batches, one_ahead, split_times
+from support.records import RecordReader, encode_texts, in_batches, one_ahead
 from support.samples import PackedSamples, check_times, in_parts
 from support.tools import may_be_tool
 from support.turns import ROLES

@@ -18,6 +18,10 @@ from functools import partial
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from support.infer_flags import parse_args
+
+ARGS = parse_args() if __name__ == "__main__" else None  # a mistake is told before slow imports
+
 import torch
 import torch.nn.functional as F
 
@@ -26,7 +30,6 @@ import model as chatglm
 from support import answers, bases, commands
 from support.chat import chat, reply
 from support.export import Export, check_target
-from support.infer_flags import parse_args
 from support.merging import MergedModel
 from support.preamble import Preamble, read_tools
 from support.streaming import stream_text
@@ -296,7 +299,6 @@ def run(args):
     todo = answers.unanswered(args.input, args.output, args.keys) if args.input else None
     if args.export:
         check_target(args)
-    commands.check_utf8(args.model, args.tools)
     model, tokenizer, preamble = load(args)
     if args.export:
         return Export(args, model, tokenizer, preamble, data.encode_prompt).run()
@@ -366,7 +368,7 @@ def new_assistant(args, model, tokenizer, preamble):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = ARGS or parse_args(argv)
     advice = "try --load-in 4bit, or with --input a smaller --batch-size"
     with commands.errors_for_user("infer.py", f"out of memory; {advice}"):
         run(args)

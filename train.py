@@ -10,13 +10,16 @@ import itertools
 import math
 import random
 import signal
-import sys
 import time
 from functools import partial
 
 # Until errors_for_user, Ctrl-C ends the program without a word, if it is not ignored (nohup, &).
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from support.train_flags import lora_options, parse_args, run_args_of, take_lora_flags
+
+ARGS = parse_args() if __name__ == "__main__" else None  # a mistake is told before slow imports
 
 import torch
 from torch.utils.data import DataLoader
@@ -31,7 +34,6 @@ from support.progress import Progress, ProgressBar, check_overflows, eval_bar
 from support.recomputation import recompute_all, seed_dropouts, set_up_compiler
 from support.run_directory import RunDirectory, check_output_dir
 from support.signals import Signals, exit_after_signal
-from support.train_flags import lora_options, parse_args, run_args_of, take_lora_flags
 
 
 def train(args):
@@ -360,7 +362,7 @@ def prepare(args):
     Raises ValueError or OSError, with a message for the user, for a mistake in flags or files.
     """
     if args.model is None:
-        commands.announce_built_in_model(sys.stdout)
+        commands.announce_built_in_model()
     check_output_dir(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume)
     path = find_base(args.model) or chatglm.built_in_model()
@@ -435,10 +437,9 @@ def eval_only(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = ARGS or parse_args(argv)
     advice = "out of memory; try --gradient-checkpointing all, or a smaller --batch-size"
     with commands.errors_for_user("train.py", advice, processes.exit_together):
-        commands.check_utf8(*(sys.argv if argv is None else argv))
         processes.start(args.device, args.timeout)
         job = eval_only if args.eval_only else dry_run if args.dry_run else train
         job(args)

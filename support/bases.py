@@ -21,7 +21,8 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file, find_adapter_config_file
 
 from support.checkpoints import list_checkpoints
-from support.config import ADAPTER_DIR, DTYPES, warn_of_chatglm2
+from support.config import DTYPES, warn_of_chatglm2
+from support.defaults import ADAPTER_DIR
 from support.devices import check_float8, dtype_of, find_device
 from support.errors import first_few
 from support.files import as_bytes, check_no_lfs_pointer, read_json

@@ -9,10 +9,6 @@ import sys
 import warnings
 from contextlib import contextmanager, suppress
 
-import torch
-import transformers
-
-from support.config import DTYPES
 from support.errors import escaped, one_a_line, one_line, printable
 from support.formats import RECORD_KEYS
 
@@ -90,7 +86,7 @@ def new_parser(description, **options):
 def add_device_flags(add, dtype="of the base and autocast; auto: fp16 on CUDA, else fp32"):
     devices = "cpu, cuda, or another that torch has here, such as mps; auto: cuda if there is one"
     add("--device", type=not_empty, default="auto", help=devices)
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help=dtype)
+    add("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help=dtype)
 
 
 def add_load_in_flag(add):
@@ -118,11 +114,11 @@ def renamed_key(text):
     return old, new
 
 
-def check_utf8(*texts):
-    """Raises ValueError for bytes of the command line that are not UTF-8."""
+def check_utf8(parser, *texts):
+    """Ends the program, as parser.error does, for bytes of the command line that are not UTF-8."""
     for text in texts:
         if text and re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{printable(text)} is not valid UTF-8")
+            parser.error(f"{printable(text)} is not valid UTF-8")
 
 
 def prepare_terminal():
@@ -138,6 +134,8 @@ def prepare_terminal():
 
 def quiet_libraries():
     """Keeps the progress bars, retries and hints of libraries off the terminal."""
+    import transformers  # slow: see train.py
+
     modules = "transformers|peft|bitsandbytes|torch._weights_only_unpickler|torch._utils"
     warnings.filterwarnings("ignore", module=modules)
     transformers.utils.logging.set_verbosity_error()
@@ -180,6 +178,8 @@ def exit_with(error, program, out_of_memory):
     An error that a user can't mend is a bug of this project: it is raised again. out_of_memory:
     the advice for torch.OutOfMemoryError.
     """
+    import torch  # slow: see train.py
+
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         text = out_of_memory
@@ -217,7 +217,7 @@ def errors_for_user(program, out_of_memory, on_error=exit_with):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def announce_built_in_model(file):
+def announce_built_in_model(file=None):
     """Tells a user who gave no --model what is used."""
     real = "train.py --model DIR_OR_HUB_ID --data FILE"
     print(f"The built-in tiny model, random weights. For the real job: {real}", file=file)

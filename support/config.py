@@ -1,4 +1,4 @@
-"""The configuration of the network, the check of a config.json, and a few shared defaults."""
+"""The configuration of the network, the check of a config.json, and the types of numbers."""
 
 import functools
 import os
@@ -9,9 +9,6 @@ import torch
 from transformers import PretrainedConfig
 
 IGNORE = -100  # the label of a token that is not supervised
-SAMPLE = Path(__file__).parents[1] / "dataset" / "sample.jsonl"  # what is trained without --data
-SAMPLING = dict(temperature=0.8, top_p=0.8)  # infer.py's defaults; exports carry them along
-ADAPTER_DIR = "output/ChatGLM"  # where train.py writes and infer.py looks
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # What the official code has a switch for, and every ChatGLM3 checkpoint sets in the same way.
 FIXED = dict(

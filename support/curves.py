@@ -249,8 +249,8 @@ def main(argv=None):
     parser.add_argument("directories", nargs="+", metavar="DIR", help="--output-dir of a run")
     parser.add_argument("--output", type=Path, default="curves.png", help="the picture, a PNG")
     args = parser.parse_args(argv)
+    commands.check_utf8(parser, str(args.output), *args.directories)
     with commands.errors_for_user(PROGRAM, "out of memory"):
-        commands.check_utf8(str(args.output), *args.directories)
         print(draw_runs(args.directories, args.output))
 
 

@@ -8,8 +8,9 @@ import csv
 import itertools
 import json
 import re
+from pathlib import Path
 
-from support.errors import escaped
+from support.errors import DataError, escaped
 from support.files import LFS_POINTER, LFS_START
 
 # How files begin that are no text, and what is said of them.
@@ -22,6 +23,20 @@ NO_TEXT = {
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 BOM = b"\xef\xbb\xbf"  # of UTF-8
 NOT_UTF8 = "not UTF-8; save the file as UTF-8"
+
+
+def split_times(name):
+    """FILE:N → (FILE, N): how many times a file is used, which is 1 without ":N"."""
+    file, _, number = str(name).rpartition(":")
+    if not file or Path(name).exists():
+        return name, 1.0
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", number):
+        if Path(file).is_file():
+            raise DataError(f"{name}: {number!r} is no number of times that {file} is used")
+        return name, 1.0
+    if not 0 < float(number) <= 1000:
+        raise DataError(f"{name}: the number must be more than 0, and at most 1000")
+    return file, float(number)
 
 
 def read_values(path):

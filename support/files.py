@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors.torch import save as safetensors_bytes
 
 LOCK = ".train.lock"  # the name of a directory's lock file
 LFS_START = b"version https://git-lfs.github.com/spec/"  # a Git LFS pointer begins so
@@ -24,7 +23,11 @@ def as_json(value):
 
 def as_bytes(content):
     """A file's content as bytes. A dict of tensors becomes a safetensors file."""
-    return content if isinstance(content, bytes) else safetensors_bytes(content, {"format": "pt"})
+    if isinstance(content, bytes):
+        return content
+    from safetensors.torch import save  # slow: see train.py
+
+    return save(content, {"format": "pt"})
 
 
 def sha256(content):

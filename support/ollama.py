@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from support.config import SAMPLING
+from support.defaults import SAMPLING
 
 # The prompt format in Go's template language, without tools. Older versions of Ollama don't read
 # the template in the GGUF file. The system message is the first of .Messages.

@@ -6,7 +6,6 @@ support/data_files.py reads a file, support/formats.py a record.
 import collections
 import gc
 import itertools
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -178,17 +177,3 @@ def one_ahead(function, items):
             before = item, result
         if before:
             yield before[0], before[1].result()
-
-
-def split_times(name):
-    """FILE:N → (FILE, N): how many times a file is used, which is 1 without ":N"."""
-    file, _, number = str(name).rpartition(":")
-    if not file or Path(name).exists():
-        return name, 1.0
-    if not re.fullmatch(r"\d+\.?\d*|\.\d+", number):
-        if Path(file).is_file():
-            raise DataError(f"{name}: {number!r} is no number of times that {file} is used")
-        return name, 1.0
-    if not 0 < float(number) <= 1000:
-        raise DataError(f"{name}: the number must be more than 0, and at most 1000")
-    return file, float(number)

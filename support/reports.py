@@ -13,7 +13,8 @@ import torch
 
 from support.bases import trained_with
 from support.checkpoints import BEST
-from support.config import ADAPTER_DIR, IGNORE, dtype_name
+from support.config import IGNORE, dtype_name
+from support.defaults import ADAPTER_DIR
 from support.devices import attention_kernel
 from support.memory import peak_of_process
 from support.processes import rank_and_count

@@ -14,7 +14,7 @@ import re
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from support.config import SAMPLING
+from support.defaults import SAMPLING
 from support.files import as_json
 from support.tools import HEADER
 

@@ -4,9 +4,9 @@ import re
 from argparse import BooleanOptionalAction
 
 from support import commands
-from support.config import ADAPTER_DIR, SAMPLE
+from support.data_files import split_times
+from support.defaults import ADAPTER_DIR, SAMPLE
 from support.errors import one_line
-from support.records import split_times
 from support.run_args import expand, flag_of, flags_text
 
 LINEAR_LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -35,7 +35,9 @@ number = commands.number
 def parse_args(argv=None):
     """The command line → its arguments; "@FILE" stands for the flags in a file."""
     parser = new_train_parser()
-    args = parser.parse_args(expand(argv, parser))
+    words = expand(argv, parser)
+    commands.check_utf8(parser, *words)
+    args = parser.parse_args(words)
     has_evaluation = args.eval_data or args.eval_split
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
     lora = [flag_of(name) for name in LORA if name in given]

@@ -32,7 +32,7 @@ import model as chatglm
 import train
 from support import bases, layouts
 from support.checkpoints import STATE, list_checkpoints
-from support.config import SAMPLE
+from support.defaults import SAMPLE
 from support.files import as_json, read_json, write_files
 from support.merging import MergedModel
 from support.records import RecordReader

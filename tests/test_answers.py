@@ -17,7 +17,7 @@ import infer
 import model as chatglm
 from support import answers
 from support.answers import without_prediction
-from support.config import SAMPLE
+from support.defaults import SAMPLE
 from support.files import locked
 from support.records import RecordReader
 

@@ -20,7 +20,8 @@ import data
 import infer
 import model as chatglm
 from support import bases, config
-from support.config import ADAPTER_DIR, DTYPES
+from support.config import DTYPES
+from support.defaults import ADAPTER_DIR
 
 UNFINISHED = (
     "no adapter here yet; finish the run with train.py --resume, or give a checkpoint of it, "

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KILLS, ROOT, wait_for
+from conftest import KILLS, ROOT, run, wait_for
 
 from support import commands, errors
 
@@ -59,10 +59,24 @@ def test_help_shows_the_defaults_that_are_values():
     assert "how large (default: 7)" in shown and shown.count("(default: ") == 1
 
 
-def test_bytes_that_are_not_utf_8_are_refused():
-    commands.check_utf8("甄嬛", "", None)
-    with pytest.raises(ValueError, match=r"'a\\udcff' is not valid UTF-8"):
-        commands.check_utf8("fine", "a\udcff")
+def test_bytes_that_are_not_utf_8_are_refused(capsys):
+    parser = commands.new_parser("One line.", prog="x.py")
+    commands.check_utf8(parser, "甄嬛", "", None)
+    with pytest.raises(SystemExit) as stop:
+        commands.check_utf8(parser, "fine", "a\udcff")
+    assert stop.value.code == 2
+    assert r"x.py: error: 'a\udcff' is not valid UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["train.py", "infer.py"])
+@pytest.mark.parametrize("flag, code", [("--help", 0), ("--batch-size=x", 2)])
+def test_flags_are_read_before_libraries_that_are_slow_to_import(tmp_path, script, flag, code):
+    for name in ("torch", "transformers", "peft", "safetensors", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} is imported')")
+    done = run(script, flag, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == code, done.stderr
+    told = done.stdout if code == 0 else done.stderr
+    assert f"usage: {script}" in told and ("invalid whole number value: 'x'" in told) == (code == 2)
 
 
 # --- the terminal -----------------------------------------------------------------------------

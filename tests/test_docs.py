@@ -19,7 +19,7 @@ import data
 import infer
 import train
 from support import curves
-from support.config import SAMPLE
+from support.defaults import SAMPLE
 from support.signals import STOPPING
 
 DOCUMENT = (ROOT / "docs" / "data.md").read_text("utf-8")

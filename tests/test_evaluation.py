@@ -33,7 +33,8 @@ import model as chatglm
 import train
 from support import checkpoints
 from support.checkpoints import ADAPTER, list_checkpoints
-from support.config import IGNORE, SAMPLE
+from support.config import IGNORE
+from support.defaults import SAMPLE
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SYSTEM = "Be brief, and kind to all who ask."

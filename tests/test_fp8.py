@@ -23,7 +23,7 @@ import data
 import infer
 import model as chatglm
 from support import bases, devices, fp8
-from support.config import SAMPLE
+from support.defaults import SAMPLE
 from support.train_flags import LINEAR_LAYERS
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

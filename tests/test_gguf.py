@@ -27,7 +27,7 @@ import data
 import infer
 import model as chatglm
 from support import gguf, self_check
-from support.config import SAMPLE
+from support.defaults import SAMPLE
 from support.ollama import modelfile_text
 from support.self_check import LlamaCppReader
 from support.tokenizer_files import CHAT_TEMPLATE

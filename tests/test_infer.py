@@ -30,7 +30,7 @@ import data
 import infer
 import model as chatglm
 import train
-from support.config import SAMPLE
+from support.defaults import SAMPLE
 from support.preamble import Preamble
 from support.tools import tools_message
 

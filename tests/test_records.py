@@ -11,9 +11,10 @@ import pytest
 from conftest import read_conversations, reference, write_jsonl
 
 from support import records
+from support.data_files import split_times
 from support.errors import DataError
 from support.preamble import Preamble
-from support.records import RecordReader, in_batches, one_ahead, split_times
+from support.records import RecordReader, in_batches, one_ahead
 
 
 def said(role, content, **more):

@@ -15,7 +15,7 @@ from hostile_inputs import TRICKS, corrupted, mostly, texts, write_small_base
 from hypothesis import strategies as st
 
 import train
-from support.config import SAMPLE
+from support.defaults import SAMPLE
 from support.run_args import read_flags
 from support.train_flags import NOT_OF_THE_RUN, new_train_parser, parse_args, run_args_of
 
