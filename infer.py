@@ -20,7 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 from support.infer_flags import parse_args
 
-ARGS = parse_args() if __name__ == "__main__" else None  # a mistake is told before slow imports
+ARGS = parse_args() if __name__ == "__main__" else None  # a wrong flag is told before slow imports
 
 import torch
 import torch.nn.functional as F

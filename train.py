@@ -19,7 +19,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 from support.train_flags import lora_options, parse_args, run_args_of, take_lora_flags
 
-ARGS = parse_args() if __name__ == "__main__" else None  # a mistake is told before slow imports
+ARGS = parse_args() if __name__ == "__main__" else None  # a wrong flag is told before slow imports
 
 import torch
 from torch.utils.data import DataLoader

@@ -9,6 +9,7 @@ import sys
 import warnings
 from contextlib import contextmanager, suppress
 
+from support.defaults import DTYPE_NAMES
 from support.errors import escaped, one_a_line, one_line, printable
 from support.formats import RECORD_KEYS
 
@@ -86,7 +87,7 @@ def new_parser(description, **options):
 def add_device_flags(add, dtype="of the base and autocast; auto: fp16 on CUDA, else fp32"):
     devices = "cpu, cuda, or another that torch has here, such as mps; auto: cuda if there is one"
     add("--device", type=not_empty, default="auto", help=devices)
-    add("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help=dtype)
+    add("--dtype", choices=("auto", *DTYPE_NAMES), default="auto", help=dtype)
 
 
 def add_load_in_flag(add):
@@ -115,7 +116,7 @@ def renamed_key(text):
 
 
 def check_utf8(parser, *texts):
-    """Ends the program, as parser.error does, for bytes of the command line that are not UTF-8."""
+    """Calls parser.error if one of the texts has bytes that are not UTF-8."""
     for text in texts:
         if text and re.search("[\ud800-\udfff]", text):
             parser.error(f"{printable(text)} is not valid UTF-8")
@@ -134,7 +135,7 @@ def prepare_terminal():
 
 def quiet_libraries():
     """Keeps the progress bars, retries and hints of libraries off the terminal."""
-    import transformers  # slow: see train.py
+    import transformers  # here, because train.py reads its flags before slow imports
 
     modules = "transformers|peft|bitsandbytes|torch._weights_only_unpickler|torch._utils"
     warnings.filterwarnings("ignore", module=modules)
@@ -178,7 +179,7 @@ def exit_with(error, program, out_of_memory):
     An error that a user can't mend is a bug of this project: it is raised again. out_of_memory:
     the advice for torch.OutOfMemoryError.
     """
-    import torch  # slow: see train.py
+    import torch  # here, because train.py reads its flags before slow imports
 
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):

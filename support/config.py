@@ -1,4 +1,4 @@
-"""The configuration of the network, the check of a config.json, and the types of numbers."""
+"""The configuration of the network, the check of a config.json, and two constants."""
 
 import functools
 import os
@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from support.defaults import DTYPE_NAMES
+
 IGNORE = -100  # the label of a token that is not supervised
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = dict(zip(DTYPE_NAMES, (torch.float16, torch.bfloat16, torch.float32), strict=True))
 # What the official code has a switch for, and every ChatGLM3 checkpoint sets in the same way.
 FIXED = dict(
     multi_query_attention=True,

@@ -1,4 +1,4 @@
-"""Data files → JSON values, each with its place.
+"""Data files → JSON values, each with its place; and FILE:N, a file that is used N times.
 
 A file is a JSON list, JSONL (one object on each line), or CSV or TSV with a header line. JSON and
 JSONL are recognised by their content, CSV and TSV by the ending of the name.

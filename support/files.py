@@ -25,7 +25,7 @@ def as_bytes(content):
     """A file's content as bytes. A dict of tensors becomes a safetensors file."""
     if isinstance(content, bytes):
         return content
-    from safetensors.torch import save  # slow: see train.py
+    from safetensors.torch import save  # here, because train.py reads its flags before slow imports
 
     return save(content, {"format": "pt"})
 

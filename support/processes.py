@@ -64,8 +64,8 @@ def start(device, timeout):
 def connect_gpus():
     """Makes Links.nccl_group. If that takes longer than --timeout, the program ends with a message.
 
-    A call that connects to another GPU waits for its process, and NCCL has no limit for that. So
-    all are connected here. Later calls only start a kernel: see add_up.
+    NCCL connects two GPUs at the first call that needs them. That call waits for the other GPU's
+    process, without a limit. So all are connected here. Later calls return at once: see add_up.
     """
     os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")  # 1: some wait for the first large message
     meet()
@@ -160,15 +160,15 @@ def add_up(tensor):
         enter()
         dist.all_reduce(tensor, group=Links.nccl_group if tensor.is_cuda else None)
         if tensor.is_cuda:
-            # NCCL's kernel waits on the GPU until all processes have started theirs. Meanwhile the
-            # first use of another kernel blocks the CPU without a limit, because CUDA loads it. So
-            # the CPU waits in gloo first, which has a limit.
+            # NCCL's kernel occupies the GPU until every process has started its own. If another
+            # kernel is used for the first time meanwhile, CUDA has to load it, and blocks the CPU
+            # until NCCL's kernel has ended. That has no limit, so the CPU first waits in gloo.
             meet()
 
 
 def meet():
-    """Waits until all processes are here. Gloo finds one that does not come: see exit_together."""
-    largest([0])
+    """Waits until all processes have called this, at most for --timeout: see exit_together."""
+    largest([0])  # a barrier that counts as a message: see enter
 
 
 def largest(numbers):

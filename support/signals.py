@@ -56,7 +56,7 @@ class Signals:
 
 def exit_after_signal(number, step, output_dir):
     """Ends the program after signal `number`, as soon as all processes call this."""
-    meet()  # the first to end makes torchrun end the others
+    meet()  # before one ends: torchrun then ends the others
     continues = f"--resume continues from {output_dir}/checkpoint-{step}"
     try:
         print(f"stopped  after update {step}; {continues}", flush=True)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
-# The models of the tests are too small for several threads to help. Child processes read this too.
+# Nearly all models of the tests are too small to gain from threads. Child processes inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -52,9 +52,9 @@ with contextlib.suppress(ValueError):  # some runners import this in another thr
 
 
 def pytest_collection_modifyitems(items):
-    """Files with few but long tests come first, so that no worker waits for one at the end."""
-    long_ones = ("test_recomputation", "test_restarts", "test_walkthrough", "test_windows")
-    items.sort(key=lambda item: item.path.stem not in long_ones)
+    """Slow files come first: a worker runs a whole file, and the others wait for the last one."""
+    slow_ones = ("test_recomputation", "test_restarts", "test_walkthrough", "test_windows")
+    items.sort(key=lambda item: item.path.stem not in slow_ones)
 
 
 def reference(name):
@@ -179,11 +179,13 @@ def trained_parameters(peft_model):
 
 # --- runs of train.py -------------------------------------------------------------------------
 
-# A twelfth of the built-in model, with its vocabulary: for tests of the loop, which need no answers
+# A model with the built-in model's vocabulary and a twelfth of its weights. It is for tests that
+# train, and do not look at answers.
 SMALL_BASE = FIXTURES / "small"
 ON_SMALL_BASE = ["--model", str(SMALL_BASE), "--learning-rate", "0.003"]
-# The same with the kind of LoRA that train.py gives the built-in model
+# LoRA is then on all linear layers, without dropout, as for the built-in model
 LIKE_BUILT_IN = [*ON_SMALL_BASE, "--target-modules", "all", "--lora-dropout", "0"]
+# --output-dir stands last: the directory comes next.
 SIX_UPDATES = "--max-steps 6 --save-steps 2 --logging-steps 1 --device cpu --output-dir".split()
 SHORT = [*ON_SMALL_BASE, *SIX_UPDATES]
 # Of the sample's 119 records 6 make an update, so that the second epoch begins at update 21. With
@@ -194,7 +196,7 @@ LONG += [*ON_SMALL_BASE, "--batch-size", "3", "--gradient-accumulation-steps", "
 
 @pytest.fixture(autouse=True, scope="session")
 def small_base():
-    """Makes the weights of SMALL_BASE, which are not in the repository."""
+    """Makes the weights of SMALL_BASE. They are not in the repository."""
     bases.make_random_weights(SMALL_BASE, chatglm.ChatGLMForCausalLM, chatglm.ChatGLMConfig)
 
 

@@ -77,7 +77,7 @@ def cut(tmp_path, done):
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start, device, graphs):
     """CHATGLM3_KILLS=100 makes as many kills."""
     arguments = [*LONG, "--target-modules", "all", "--device", device, graphs, "--output-dir"]
-    assert train.parse_args([*arguments, "x"]).lora_dropout > 0
+    assert train.parse_args([*arguments, "x"]).lora_dropout > 0  # a resumed run repeats its masks
     finish(start(*arguments, tmp_path / "warm-up"))
     directory = tmp_path / "undisturbed"
     began = time.perf_counter()
@@ -370,8 +370,8 @@ def disk(tmp_path):
 
 
 def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(disk, capsys, done):
-    page = resource.getpagesize()
-    files = [*(done / "checkpoint-2").iterdir()]
+    page = resource.getpagesize()  # there is room for two checkpoints, and most of a third
+    files = (done / "checkpoint-2").iterdir()
     pages = sum(math.ceil(file.stat().st_size / page) for file in files)
     out = disk(f"size={round(2.9 * pages) * page}") / "out"
     told = refused(capsys, *SHORT, out)
@@ -419,7 +419,7 @@ def train_with_a_limit(size, arguments):
 
 
 def test_a_limit_on_the_size_of_files(tmp_path, fork, done):
-    size = (done / "adapter_model.safetensors").stat().st_size  # AdamW's moments have twice that
+    size = (done / "adapter_model.safetensors").stat().st_size  # AdamW's moments need more
     told = finish(fork(train_with_a_limit, size, [*SHORT, tmp_path / "out"]), 2)
     assert "Traceback" not in told
     assert "cannot write: File too large; there is no checkpoint yet" in told

@@ -297,6 +297,7 @@ def is_saving_best(directory):
 
 
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, start):
+    """Six kills, and up to twelve more, until enough of them hit an evaluation and best/."""
     arguments = [*PATIENT, 3, "--output-dir"]
     finish(start(*arguments, tmp_path / "undisturbed"))
     wanted, in_time = result_of(tmp_path / "undisturbed"), Counter()

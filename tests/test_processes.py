@@ -497,14 +497,14 @@ def test_an_error_while_gpus_are_connected_ends_the_waiting(connect, capsys):
 
 @pytest.mark.parametrize("is_cuda", [True, False])
 def test_processes_meet_after_each_sum_on_gpus(monkeypatch, is_cuda):
-    """CUDA may block a process while NCCL's sum waits for another one. Gloo then has a limit."""
+    """CUDA may block a process while NCCL's sum waits for another one. Gloo's wait has a limit."""
+    found = []
     monkeypatch.setattr(processes, "Links", SimpleNamespace(nccl_group="nccl"))
     monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(processes, "enter", lambda: found.append("enter"))
     monkeypatch.setattr(
         processes.dist, "all_reduce", lambda tensor, *_, group=None: found.append(group or "gloo")
     )
-    found = []
     processes.add_up(SimpleNamespace(is_cuda=is_cuda))
     assert found == (["enter", "nccl", "enter", "gloo"] if is_cuda else ["enter", "gloo"])
 

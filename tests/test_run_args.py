@@ -231,7 +231,7 @@ def files(tmp_path_factory):
 
 HARD = "-@ 'a' \"b\" # c \\\n\r\nd\u3000\u2028%"
 AGAIN = {
-    "built-in": [],  # without --model, whose defaults differ
+    "built-in": [],  # the only one without --model: other defaults apply
     "text": [f"--system={HARD}"],
     "no text": ["--system", ""],
     "at": ["--system=@a"],

@@ -188,7 +188,7 @@ def test_a_file_of_a_reported_kind_is_trained_on(tmp_path, name):
 
 
 def test_a_run_writes_what_it_says_and_repeats_bit_for_bit(tmp_path):
-    """One run is made in a new process, and one in this process, which has made other runs."""
+    """One run is made in a new process, and one in this process, perhaps after others."""
     records = [{"instruction": f"n {i}", "output": f"m {i * i}"} for i in range(21)]
     file = write_jsonl(tmp_path / "d.jsonl", records)
     flags = ["--data", file, "--max-steps", 7, "--save-steps", 3, "--logging-steps", 2]
@@ -411,7 +411,7 @@ def test_help_shows_every_default(capsys):
 
 
 def run_training(directory, *flags, device="cpu"):
-    """20 updates, without --model of the built-in model → (losses, the adapter's bytes)"""
+    """20 updates, of the built-in model if flags name no other → (losses, the adapter's bytes)"""
     common = ["--device", device, "--max-steps", 20, "--logging-steps", 1]
     train_main("--output-dir", directory, *common, *flags)
     losses = torch.tensor([line["loss"] for line in metrics_of(directory)])
@@ -444,7 +444,7 @@ def test_a_system_message_computed_once_or_in_each_sample(tmp_path, monkeypatch,
         records.append({"instruction": question, "output": answer})
     file = write_jsonl(tmp_path / "d.jsonl", records)
     flags = ["--data", file, "--system", "Be brief, and kind to all who ask.", *flags]
-    if device == "cpu" and "--compile" not in flags:  # compiling is what takes time then
+    if device == "cpu" and "--compile" not in flags:  # with it, a small model saves little time
         flags += LIKE_BUILT_IN
     once, _ = run_training(tmp_path / "once", *flags, device=device)
     lengths, collate = [], data.collate

@@ -32,7 +32,8 @@ def start(fork):
 
 
 def start_without_modules(*words):
-    """Runs commands, with "then" between them, in a Python that also lacks modules like fcntl."""
+    """Starts a process that runs these commands, with "then" between them, without fcntl and other
+    modules. → subprocess.Popen"""
     command = [sys.executable, ROOT / "tests" / "windows.py", *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

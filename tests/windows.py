@@ -1,6 +1,6 @@
-"""Runs scripts of this project under rules of Windows:
+"""Runs scripts of this project, one after the other, under rules of Windows:
 
-    python tests/windows.py train.py … then infer.py …    # in one process: imports take seconds
+    python tests/windows.py train.py … then infer.py …    # one process, one time for the imports
 
 Modules, signals and functions that Windows lacks are gone. A directory can't be opened. A rename
 replaces no directory. What this process has open, or has mapped into its memory, can't be deleted
