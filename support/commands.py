@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 from support.defaults import DTYPE_NAMES
 from support.errors import escaped, one_a_line, one_line, printable
+from support.fields import closest
 from support.formats import RECORD_KEYS
 
 
@@ -62,6 +63,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class ArgumentParser(argparse.ArgumentParser):
     """Its messages are printable and short, whatever the command line holds."""
+
+    def parse_args(self, args=None, namespace=None):
+        """Tells a flag that is misspelt with the one that it may mean."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = tuple(self._option_string_actions)
+            meant = [closest(word.partition("=")[0], flags) for word in unknown if word[:2] == "--"]
+            hint = f"; did you mean {' '.join(filter(None, meant))}?" if any(meant) else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed
 
     def error(self, message):
         super().error(one_a_line([escaped(message)]))

@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--seed", type=number(0, 2**63 - 1), help="makes what is drawn repeatable")
     parser.set_defaults(**SAMPLING)
     args = parser.parse_args(argv)
-    commands.check_utf8(parser, args.model, args.tools)  # prompts are checked later
+    commands.check_utf8(parser, args.prompt, args.system, args.model, args.tools)
     args.greedy |= args.temperature == 0
     exports = ("merge_to", "gguf", "gguf_adapter", "check")
     args.export = next((name for name in exports if getattr(args, name) is not None), None)

@@ -45,8 +45,9 @@ def expand(argv, parser):
         try:
             expanded += read_flags(Path(file).read_bytes().decode("utf-8-sig"))
         except OSError as error:
-            hint = f"a value that begins with @ is given as --flag={printable(argument)}"
-            parser.error(f"{printable(argument)}: {error.strerror}; {hint}")
+            name = printable(argument)
+            hint = f"check the path; a value that begins with @ is given as --flag={name}"
+            parser.error(f"{name}: {error.strerror}; {hint}")
         except UnicodeDecodeError:
             parser.error(f"{printable(argument)}: not a file of flags: it is not UTF-8")
         except ValueError as error:

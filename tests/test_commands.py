@@ -19,6 +19,7 @@ import torch
 from conftest import KILLS, ROOT, run, wait_for
 
 from support import commands, errors
+from support.train_flags import parse_args
 
 # --- arguments --------------------------------------------------------------------------------
 
@@ -57,6 +58,21 @@ def test_help_shows_the_defaults_that_are_values():
     shown = " ".join(parser.format_help().split())
     assert "One line." in shown
     assert "how large (default: 7)" in shown and shown.count("(default: ") == 1
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--max-stepz", "3"], "--max-stepz 3; did you mean --max-steps?"),
+        (["--epoch=1", "--sede", "2"], "--epoch=1 --sede 2; did you mean --epochs --seed?"),
+        (["steps", "--zzz"], "steps --zzz"),
+    ],
+)
+def test_a_misspelt_flag_is_told_with_the_one_that_is_meant(capsys, words, told):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {told}\n")
 
 
 def test_bytes_that_are_not_utf_8_are_refused(capsys):
