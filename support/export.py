@@ -205,6 +205,7 @@ class Export:
         self.check_files(path, DTYPES[dtype], is_glm=network is None)
 
     def check_files(self, path, dtype, is_glm):
+        """Raises ValueError if a file or a tensor of the directory is not what it should be."""
         has_code = any((path / name).exists() for name in OFFICIAL_CODE)
         for name, content in self.small_files(dtype, is_glm, has_code).items():
             if not (path / name).exists() or (path / name).read_bytes() != content:
